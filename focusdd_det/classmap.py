@@ -1,0 +1,166 @@
+"""Class folder <-> class of the set.
+
+Folders are keyed by name (a WordNet id for ImageNet, anything for a user's own), never by position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from focusdd_det.config import cfg_dir, read_yaml, suggest
+from focusdd_det.errors import DataError
+
+LEVELS = ("exact", "strong", "near")
+_SYNSET = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """Which folders stand for which class of the set.
+
+    Attributes:
+        names: the class names of the set; the position is the label's class index.
+        folders: folder -> class name, for the levels that were asked for.
+        levels: folder -> level (exact, strong, near), for the same folders.
+    """
+
+    names: tuple[str, ...]
+    folders: Mapping[str, str]
+    levels: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) != len(self.names) or not self.names:
+            raise ValueError("class names must be present and different")
+        unknown = set(self.folders.values()) - set(self.names)
+        if unknown:
+            raise ValueError(f"classes {sorted(unknown)} are not among the names")
+
+    def folders_of(self, name: str) -> tuple[str, ...]:
+        """The folders of one class, sorted."""
+        return tuple(sorted(folder for folder, owner in self.folders.items() if owner == name))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content: names in order and the folders with their classes."""
+        content = json.dumps([self.names, sorted(self.folders.items())], ensure_ascii=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def imagenet_synsets() -> tuple[str, ...]:
+    """The 1,000 WordNet ids of ImageNet-1K in the order of every timm and torchvision classifier."""
+    from timm.data import ImageNetInfo
+
+    return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+def find_map(name: str) -> Path:
+    """A class map by path, or by the name of a file in cfg/."""
+    path = Path(name)
+    for candidate in (path, cfg_dir() / name, cfg_dir() / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(p.name for p in cfg_dir().glob("*_*.yaml"))
+    raise DataError(f"no class map {name}: expected a YAML file, or one of cfg/: {', '.join(shipped)}")
+
+
+def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
+    """A class map file, in either of two forms.
+
+    With levels, as cfg/coco_imagenet.yaml: `class: {coco_id: 0, exact: [{n01440764: comment}], strong: [], near: []}`.
+    Plain: `names: [ball, star]` and `folders: {folder: class}`; without `folders` every class has one of its own name.
+
+    Raises:
+        DataError: all problems at once: unknown synsets and classes, a folder in two classes of one level.
+    """
+    content = read_yaml(path)
+    if "names" in content:
+        return _plain(path, content)
+    problems: list[str] = []
+    order: dict[int, str] = {}
+    rank: dict[str, tuple[int, str]] = {}
+    known = set(imagenet_synsets())
+    for name, entry in content.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("coco_id"), int):
+            problems.append(f"`{name}` needs a coco_id and lists {', '.join(LEVELS)}")
+            continue
+        if entry["coco_id"] in order:
+            problems.append(f"`{name}` has the coco_id of `{order[entry['coco_id']]}`")
+        order[entry["coco_id"]] = str(name)
+        unknown_keys = set(entry) - {"coco_id", "status", "note", *LEVELS}
+        problems += [f"`{name}`: unknown key `{key}`{suggest(str(key), LEVELS)}" for key in sorted(map(str, unknown_keys))]
+        for level in (level for level in LEVELS if level in levels):
+            for item in entry.get(level) or []:
+                folder = str(next(iter(item))) if isinstance(item, dict) and item else str(item)
+                if folder not in known:
+                    problems.append(
+                        f"`{name}`: `{folder}` is not an ImageNet-1K synset{suggest(folder, sorted(known)) if _SYNSET.match(folder) else ''}"
+                    )
+                    continue
+                place = (LEVELS.index(level), str(name))
+                if folder in rank and rank[folder][0] == place[0] and rank[folder][1] != place[1]:
+                    problems.append(f"`{folder}` is {level} in `{rank[folder][1]}` and in `{name}`: choose one")
+                rank[folder] = min(rank.get(folder, place), place)
+    if sorted(order) != list(range(len(order))):
+        problems.append(f"coco_id must run from 0 to {len(order) - 1} without gaps")
+    _report(path, problems)
+    return ClassMap(
+        names=tuple(order[i] for i in sorted(order)),
+        folders={folder: name for folder, (_, name) in rank.items()},
+        levels={folder: LEVELS[level] for folder, (level, _) in rank.items()},
+    )
+
+
+def read_folder_map(path: Path, names: Sequence[str]) -> dict[str, str]:
+    """A user's own map for one source folder: a YAML of `folder: class` lines (or those lines under `folders:`).
+
+    Raises:
+        DataError: not such a file, or classes that are not among `names`, all at once.
+    """
+    content = read_yaml(path)
+    table = content.get("folders", content)
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path}: expected `folder: class` lines")
+    problems = [
+        f"`{folder}: {name}`: the set has no such class{suggest(str(name), list(names))}"
+        for folder, name in table.items()
+        if str(name) not in names
+    ]
+    _report(path, problems)
+    return {str(folder): str(name) for folder, name in table.items()}
+
+
+def _plain(path: Path, content: dict[str, Any]) -> ClassMap:
+    names = content["names"]
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names)]
+    if not isinstance(names, list) or not names:
+        raise DataError(f"{path}: `names` must be a list of class names")
+    names = tuple(str(name) for name in names)
+    folders = content.get("folders", {name: name for name in names})
+    problems = [f"unknown key `{key}`{suggest(str(key), ['names', 'folders'])}" for key in set(content) - {"names", "folders"}]
+    if len(set(names)) != len(names):
+        problems.append("`names` has a class twice")
+    if not isinstance(folders, dict):
+        problems.append("`folders` must be `folder: class` lines")
+        folders = {}
+    problems += [
+        f"`{folder}: {name}`: not among names{suggest(str(name), names)}"
+        for folder, name in folders.items()
+        if str(name) not in names
+    ]
+    _report(path, problems)
+    table = {str(folder): str(name) for folder, name in folders.items()}
+    return ClassMap(names, table, dict.fromkeys(table, "exact"))
+
+
+def _report(path: Path, problems: Sequence[str]) -> None:
+    if problems:
+        raise DataError(f"{path} is not a usable map:\n  " + "\n  ".join(problems))

@@ -1,0 +1,313 @@
+"""Config: one commented YAML a tool, overridden by `key=value`, into a frozen dataclass.
+
+The shipped YAML holds every default; its comments are the help text. Unknown keys, wrong types and wrong choices are
+collected and reported together, each with the nearest name that exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from focusdd_det.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def cfg_dir() -> Path:
+    """The folder of the shipped YAML files: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "cfg", package.parent / "cfg"):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"the configs are missing: neither {package / 'cfg'} nor {package.parent / 'cfg'}; reinstall")
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a build of a distilled detection set is asked for; cfg/build_det.yaml says what each key means."""
+
+    sources: tuple[Any, ...]
+    out: str
+    ipc: int
+    ipc_unit: Literal["coco", "imagenet"]
+    class_map: str
+    levels: tuple[str, ...]
+    classes: tuple[str, ...]
+    short_class: Literal["error", "reduce", "reuse", "skip"]
+    seed: int
+    method: str
+    selector: str
+    selector_weights: str | None
+    view: int | Literal["auto"]
+    geometry: Literal["squash", "crop"]
+    attention: Literal["gca", "last", "mean"]
+    side_ratio: float
+    alpha: float
+    confidence: Literal["true", "max"]
+    selection: Literal["grow", "paper"]
+    stratify: bool
+    near_duplicate: int
+    grid: int
+    n_key: int
+    image_size: int
+    crop: Literal["window", "cover", "fixed"]
+    background: Literal["crop", "letterbox"]
+    jpeg_quality: int
+    teacher: str
+    label_on: Literal["composite", "source"]
+    conf: float
+    iou: float
+    max_det: int
+    min_side: float
+    min_visible: float
+    empty: Literal["replace", "keep"]
+    max_bad: float
+    max_pixels: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    batch: int
+    teacher_batch: int
+    device: str
+    workers: int
+    threads: int
+    scores: str | None
+    grow_from: str | None
+    overwrite: bool
+    download: bool
+
+    def __post_init__(self) -> None:
+        problems = []
+
+        def check(ok: bool, key: str, expected: str) -> None:
+            if not ok:
+                problems.append(f"{key}={getattr(self, key)!r}: expected {expected}")
+
+        check(self.ipc >= 1, "ipc", "at least 1 composite per class")
+        check(1 <= self.grid <= 4, "grid", "1 to 4 cells a side")
+        check(0 <= self.n_key <= self.grid**2, "n_key", f"0 to grid^2 = {self.grid**2} key patches")
+        check(
+            self.image_size >= 32 and self.image_size % self.grid == 0,
+            "image_size",
+            f"at least 32 and a multiple of grid = {self.grid}",
+        )
+        check(0 < self.side_ratio <= 1, "side_ratio", "in (0, 1]")
+        check(self.alpha >= 0, "alpha", "at least 0 (0 ranks by confidence alone)")
+        check(isinstance(self.view, str) or self.view >= 16, "view", "auto or at least 16 px")
+        check(1 <= self.jpeg_quality <= 100, "jpeg_quality", "1 to 100")
+        check(0 < self.conf < 1, "conf", "in (0, 1)")
+        check(0 < self.iou <= 1, "iou", "in (0, 1]")
+        check(self.max_det >= 1, "max_det", "at least 1")
+        check(0 <= self.min_visible <= 1, "min_visible", "in [0, 1]")
+        check(self.min_side >= 0, "min_side", "at least 0 px")
+        check(0 <= self.near_duplicate <= 64, "near_duplicate", "0 (off) to 64 bits")
+        check(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
+        check(self.batch >= 1, "batch", "at least 1")
+        check(self.teacher_batch >= 1, "teacher_batch", "at least 1")
+        check(self.workers >= 0, "workers", "at least 0 (0 chooses)")
+        check(self.threads >= 0, "threads", "at least 0 (0 leaves torch's own)")
+        check(
+            set(self.levels) <= {"exact", "strong", "near"} and bool(self.levels),
+            "levels",
+            "some of exact, strong, near",
+        )
+        if problems:
+            raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(problems))
+
+    @property
+    def n_background(self) -> int:
+        """Background cells in a composite: N_l = n^2 - N_k."""
+        return self.grid**2 - self.n_key
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, by safe_load: a file from outside never gets to run code.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}; expected a YAML file there") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file ({error.reason}); expected YAML in UTF-8") from error
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; expected `key: value` lines")
+    return value
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """`, did you mean a, b?` for a name that is not among `known`; empty when nothing is near."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f", did you mean {' or '.join(near)}?" if near else ""
+
+
+def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Command-line tokens -> overrides.
+
+    Accepts `key=value`, `--key value`, `--key=value` and, for booleans, a bare `--key`; `-` and `_` are the same in a
+    key. A key that is given several times makes a list. Values are read as YAML.
+
+    Args:
+        argv: the tokens.
+        fields: known key -> its type; only used to tell flags from options.
+        aliases: other spelling -> key (for example `source` -> `sources`).
+
+    Raises:
+        ConfigError: a token that is neither, or an option without its value.
+    """
+    found: dict[str, list[Any]] = {}
+    tokens = list(argv)
+    while tokens:
+        token = tokens.pop(0)
+        dashed = token.startswith("--")
+        body = token[2:] if dashed else token
+        key, equals, value = body.partition("=")
+        key = key.replace("-", "_")
+        key = aliases.get(key, key)
+        if not equals:
+            if not dashed:
+                raise ConfigError(f"cannot read `{token}`; expected key=value or --key value{suggest(key, list(fields))}")
+            if fields.get(key) in (bool, "bool") and (not tokens or tokens[0].lower() not in ("true", "false")):
+                value = "true"
+            elif tokens and not tokens[0].startswith("--"):
+                value = tokens.pop(0)
+            elif key in fields:
+                raise ConfigError(f"--{key.replace('_', '-')} needs a value")
+            else:
+                value = "true"
+        found.setdefault(key, []).append(_scalar(value))
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+
+
+def load(
+    cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = ""
+) -> T:
+    """A config dataclass from the shipped YAML, then `file`, then `overrides`; the later one wins.
+
+    Args:
+        cls: a frozen dataclass without defaults; its annotations give types and choices.
+        shipped: name of a file in cfg/ that holds every key of `cls`.
+        overrides: key -> value, as from `parse_tokens` or from Python.
+        file: a user's own YAML with some of the keys.
+        section: named in messages.
+
+    Raises:
+        ConfigError: all unknown keys, wrong types and wrong choices at once.
+    """
+    values = read_yaml(cfg_dir() / shipped)
+    hints = typing.get_type_hints(cls)
+    problems = []
+    layers = [(str(file), read_yaml(file))] if file else []
+    for where, layer in [*layers, ("", dict(overrides))]:
+        for key, value in layer.items():
+            if key not in hints:
+                problems.append(f"{where + ': ' if where else ''}unknown key `{key}`{suggest(str(key), list(hints))}")
+            else:
+                values[key] = value
+    for key in hints:
+        if key not in values:
+            problems.append(f"missing key `{key}`")
+            continue
+        try:
+            values[key] = _convert(values[key], hints[key])
+        except (TypeError, ValueError) as error:
+            problems.append(f"{key}={values[key]!r}: {error}")
+    if problems:
+        raise ConfigError(f"{section or shipped} is not valid:\n  " + "\n  ".join(problems))
+    return cls(**{key: values[key] for key in hints})
+
+
+def describe(shipped: str) -> str:
+    """The keys of a shipped YAML with their comments: the option list of --help."""
+    return (cfg_dir() / shipped).read_text(encoding="utf-8")
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain YAML values (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        return value
+
+    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _scalar(text: str) -> Any:
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
+        return float(text)  # YAML 1.1 reads 1e-3 as a string
+    try:
+        return yaml.safe_load(text) if text else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or TypeError / ValueError with what was expected."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None:
+            if type(None) in options:
+                return None
+            raise TypeError("expected a value")
+        for option in options:
+            if option is type(None):
+                continue
+            try:
+                return _convert(value, option)
+            except (TypeError, ValueError) as error:
+                failure = error
+        raise failure
+    if origin is Literal:
+        choices = get_args(hint)
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if value not in choices:
+            raise ValueError(f"expected one of {', '.join(map(str, choices))}{suggest(str(value), [str(c) for c in choices])}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str):
+            items = [part.strip() for part in value.split(",") if part.strip()] if get_args(hint)[0] is str else [value]
+        else:
+            items = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        return tuple(_convert(item, get_args(hint)[0]) for item in items)
+    if hint is Any:
+        return value
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise TypeError("expected true or false")
+        return value
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
+            raise TypeError("expected a whole number")
+        return int(value)
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError("expected a number")
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError("expected a finite number")
+        return float(value)
+    if hint is str:
+        if isinstance(value, (Mapping, list, tuple, bool)) or value is None:
+            raise TypeError("expected text")
+        return str(value)
+    raise TypeError(f"unsupported annotation {hint}")

@@ -1,0 +1,103 @@
+"""Bytes of a picture file -> pixels, or a stated reason why not.
+
+JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size. Everything that OpenCV reads
+differently from what people see (CMYK, palettes, alpha, 16 bits, half a file) goes through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageOps, UnidentifiedImageError
+
+from focusdd_det.types import Image
+
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "MPO")
+PILImage.init()  # registers every format; without it Pillow loads them one by one on the first failure
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message is the reason."""
+
+
+def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956_970) -> tuple[Image, int, int]:
+    """Decode a picture as a person would see it: colours converted, rotated as its EXIF says.
+
+    Args:
+        data: the file's bytes.
+        least_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 as long as its shorter side stays at least this (px).
+            None decodes every pixel.
+        max_pixels: larger pictures are refused before any pixel is decoded.
+
+    Returns:
+        pixels [h, w, 3] uint8 RGB, and width and height of the whole picture (after rotation).
+
+    Raises:
+        BadImage: empty, not a picture, cut short, too large, or damaged.
+    """
+    if not data:
+        raise BadImage("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes that are judged here
+            header = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+            width, height = header.size
+            if width * height > max_pixels:
+                raise BadImage(f"{width} x {height} pixels, more than max_pixels={max_pixels}")
+            orientation = header.getexif().get(0x0112, 1)
+            if header.format == "JPEG" and header.mode in ("RGB", "L") and _is_whole(data):
+                factor = _factor(min(width, height), least_side)
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor])
+                if pixels is None:
+                    raise BadImage("damaged JPEG")
+                if orientation in (5, 6, 7, 8):  # turned by a quarter; OpenCV has turned the pixels already
+                    width, height = height, width
+                return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), width, height
+            return _slow(header)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage("not a picture that Pillow or OpenCV can read") from error
+    except MemoryError as error:
+        raise BadImage("too large for the memory") from error
+    except Exception as error:  # decoders raise whatever they like on hostile bytes; the reason goes into the report
+        raise BadImage(str(error).replace("\n", " ")[:200] or type(error).__name__) from error
+
+
+def _slow(header: PILImage.Image) -> tuple[Image, int, int]:
+    """Every other format through Pillow: first frame, EXIF rotation, 16 bits scaled, transparency over white."""
+    header.load()
+    picture = ImageOps.exif_transpose(header) or header
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, np.float64)
+        top = 65535.0 if picture.mode.startswith("I") else max(1.0, float(np.nanmax(values)))
+        grey = np.clip(np.rint(np.nan_to_num(values) * (255.0 / top)), 0, 255).astype(np.uint8)
+        pixels = np.repeat(grey[:, :, None], 3, axis=2)
+    else:
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            ground = PILImage.new("RGBA", picture.size, (255, 255, 255, 255))
+            picture = PILImage.alpha_composite(ground, picture)
+        pixels = np.asarray(picture.convert("RGB"), np.uint8).copy()
+    return pixels, pixels.shape[1], pixels.shape[0]
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a JPEG has its end marker at the end; a file that was cut short has not, and OpenCV would grey it out."""
+    return data.rstrip(b"\x00\r\n ").endswith(b"\xff\xd9")
+
+
+def _factor(side: int, least_side: int | None) -> int:
+    if least_side is None:
+        return 1
+    return next((f for f in (8, 4, 2) if side // f >= least_side), 1)

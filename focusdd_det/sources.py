@@ -1,0 +1,228 @@
+"""Class folders and tar archives -> a stream of sources.
+
+A root is a folder of class folders (ImageNet's train/<synset>/*.JPEG), a folder of <synset>.tar archives, or one tar that
+holds either. Archives are read in place, never unpacked. The order of the stream is of no consequence to what is built,
+so that nothing has to be held or sorted: memory does not grow with the number of files.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from focusdd_det.errors import DataError
+from focusdd_det.types import Source
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+@dataclass(frozen=True)
+class Root:
+    """One place that sources come from.
+
+    Attributes:
+        name: stands for the place in manifests, so that they hold no absolute path.
+        path: a folder, or a .tar file.
+        folders: class folder -> class of the set, for the folders that are used.
+    """
+
+    name: str
+    path: Path
+    folders: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A source and where its bytes are: a whole file (`offset` None) or a stretch of an archive."""
+
+    source: Source
+    file: Path
+    size: int
+    mtime_ns: int
+    offset: int | None = None
+    problem: str | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the picture file.
+
+        Raises:
+            OSError: unreadable, or shorter than the archive's index says.
+        """
+        if self.offset is None:
+            return self.file.read_bytes()
+        descriptor = os.open(self.file, os.O_RDONLY)
+        try:
+            data = os.pread(descriptor, self.size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(data) != self.size:
+            raise OSError(f"{self.file} ends inside this member")
+        return data
+
+
+def folder_names(root: Root) -> set[str]:
+    """The class folders (or archives standing for them) that are at a root.
+
+    Raises:
+        DataError: the root is neither a readable folder nor a plain tar.
+    """
+    if root.path.is_file():
+        with _open_tar(root.path) as archive:
+            return {_tar_folder(member.name) for member in archive if _is_class_member(member)}
+    try:
+        entries = list(os.scandir(root.path))
+    except OSError as error:
+        raise DataError(
+            f"cannot read source folder {root.path}: {error.strerror}; expected class folders such as n01440764/*.JPEG"
+        ) from error
+    return {
+        entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")
+    }
+
+
+def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Located]:
+    """All picture files of a root whose class folder is in `root.folders` (and in `folders`, if given).
+
+    Things that look like pictures but cannot be one (a folder named x.JPEG, a link that goes in circles, an archive
+    member with a path that leads outside) come with a `problem` instead of being passed over.
+    """
+    wanted = {f for f in root.folders if folders is None or f in folders}
+    if root.path.is_file():
+        yield from _stream_tar(root, root.path, "", wanted, None)
+        return
+    for folder in sorted(wanted):
+        if (root.path / folder).is_dir():
+            yield from _stream_folder(root, root.path / folder, folder)
+        archive = root.path / f"{folder}.tar"
+        if archive.is_file():
+            yield from _stream_tar(root, archive, f"{archive.name}!", wanted, folder)
+
+
+def locate(root: Root, path: str, folder: str, group: str, offset: int | None, size: int, mtime_ns: int) -> Located:
+    """A source that was seen before, from the columns that were kept of it."""
+    file = root.path if root.path.is_file() else root.path / path.partition("!")[0]
+    return Located(Source(root.name, path, folder, group), file, size, mtime_ns, offset)
+
+
+def _stream_folder(root: Root, start: Path, folder: str) -> Iterator[Located]:
+    pending = [start]
+    while pending:
+        current = pending.pop()
+        try:
+            entries = os.scandir(current)
+        except OSError as error:
+            raise DataError(f"cannot list {current}: {error.strerror}; make it readable or remove it") from error
+        with entries:
+            for entry in entries:
+                looks = entry.name.lower().endswith(EXTENSIONS)
+                problem = None
+                size = mtime = 0
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        if not looks:
+                            pending.append(Path(entry.path))
+                            continue
+                        problem = "a folder, not a picture"
+                    elif not looks:
+                        continue
+                    else:
+                        status = entry.stat()
+                        size, mtime = status.st_size, status.st_mtime_ns
+                        if not entry.is_file():
+                            problem = "not a regular file"
+                except OSError as error:
+                    problem = f"unreadable: {error.strerror}"
+                path = Path(entry.path)
+                relative = path.relative_to(root.path).as_posix()
+                try:
+                    relative.encode("utf-8")
+                except UnicodeEncodeError:  # a name that is not UTF-8 cannot be written into a manifest
+                    problem = problem or "its name is not valid UTF-8"
+                    relative = os.fsencode(relative).decode("utf-8", "backslashreplace")
+                source = Source(root.name, relative, folder, root.folders[folder])
+                yield Located(source, path, size, mtime, problem=problem)
+
+
+def _stream_tar(root: Root, file: Path, prefix: str, wanted: set[str], folder: str | None) -> Iterator[Located]:
+    mtime = file.stat().st_mtime_ns
+    with _open_tar(file) as archive:
+        for member in archive:
+            if member.isreg() and member.name.endswith(".tar") and folder is None:
+                inner_folder = _tar_folder(member.name)
+                stretch = archive.extractfile(member)
+                if inner_folder in wanted and stretch is not None:
+                    yield from _stream_inner(root, file, stretch, member, inner_folder, prefix, mtime)
+            else:
+                found = _member(root, file, member, 0, prefix, folder, wanted, mtime)
+                if found is not None:
+                    yield found
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+
+
+def _stream_inner(
+    root: Root, file: Path, stretch: object, outer: tarfile.TarInfo, folder: str, prefix: str, mtime: int
+) -> Iterator[Located]:
+    try:
+        with tarfile.open(fileobj=stretch, mode="r:") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                path = f"{prefix}{outer.name}!"
+                found = _member(root, file, member, outer.offset_data, path, folder, {folder}, mtime)
+                if found is not None:
+                    yield found
+                archive.members = []
+    except tarfile.TarError as error:
+        raise DataError(f"{file}: member {outer.name} is not a plain tar ({error}); expected one tar a class") from error
+
+
+def _member(
+    root: Root,
+    file: Path,
+    member: tarfile.TarInfo,
+    base: int,
+    prefix: str,
+    folder: str | None,
+    wanted: set[str],
+    mtime: int,
+) -> Located | None:
+    if not member.name.lower().endswith(EXTENSIONS):
+        return None
+    parts = member.name.split("/")
+    folder = folder or (parts[-2] if len(parts) > 1 else "")
+    if folder not in wanted:
+        return None
+    problem = None
+    if member.name.startswith("/") or ".." in parts:
+        problem = "its path in the archive leads outside"
+    elif not member.isreg():
+        problem = "not a regular file in the archive"
+    source = Source(root.name, prefix + member.name.encode("utf-8", "backslashreplace").decode(), folder, root.folders[folder])
+    return Located(source, file, member.size, mtime, base + member.offset_data, problem)
+
+
+def _open_tar(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, "r:")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{path} is not an uncompressed tar ({error}); expected ImageNet's tar files as they are published, "
+            "or a folder of class folders"
+        ) from error
+
+
+def _is_class_member(member: tarfile.TarInfo) -> bool:
+    return member.name.endswith(".tar") or (member.name.lower().endswith(EXTENSIONS) and "/" in member.name)
+
+
+def _tar_folder(name: str) -> str:
+    parts = name.split("/")
+    return parts[-1].removesuffix(".tar") if name.endswith(".tar") else parts[-2]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
