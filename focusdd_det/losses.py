@@ -1,0 +1,169 @@
+"""Supervision by the teacher's raw head outputs: pure functions of tensors, no files, no trainer.
+
+Shapes: B pictures, nc classes, A anchors, R = reg_max bins. Logits are taken before the sigmoid (classes) and
+before the softmax (bins). Everything is computed in float32, whatever the autocast. Formulas: DESIGN section
+3, "KL supervision".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ONE2MANY, ONE2ONE = "one2many", "one2one"
+
+
+class Supervision(NamedTuple):
+    """The two terms of one batch, scalars, not yet multiplied by the run's gains or by the batch size."""
+
+    cls: Tensor
+    box: Tensor
+
+
+def bernoulli_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(Bernoulli(sigmoid(t / T)) || Bernoulli(sigmoid(s / T))) for every element.
+
+    Equal to BCE(s / T, q) - BCE(t / T, q) with q = sigmoid(t / T), written with log-sigmoids so that large
+    logits do not cancel. Both terms are needed: one alone can be negative.
+
+    Args:
+        teacher: logits, any shape. No gradient flows into it.
+        student: logits of the same shape.
+        temperature: T > 0.
+
+    Returns:
+        float32 of that shape, >= -1e-6, exactly 0 where the logits are equal.
+    """
+    t = teacher.detach().float() / temperature
+    s = student.float() / temperature
+    return t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s)) + (-t).sigmoid() * (
+        F.logsigmoid(-t) - F.logsigmoid(-s)
+    )
+
+
+def bins_kl(teacher: Tensor, student: Tensor, reg_max: int) -> Tensor:
+    """Mean over the four box sides of KL(softmax(teacher bins) || softmax(student bins)).
+
+    Args:
+        teacher, student: [B, 4 * R, A] logits, side by side as in YOLO's `boxes` output.
+        reg_max: R > 1.
+
+    Returns:
+        [B, A] float32, >= -1e-6, 0 where the distributions are equal.
+    """
+    b, _, a = student.shape
+    t = teacher.detach().float().view(b, 4, reg_max, a).log_softmax(2)
+    s = student.float().view(b, 4, reg_max, a).log_softmax(2)
+    return (t.exp() * (t - s)).sum(2).mean(1)
+
+
+def decode_boxes(boxes: Tensor, anchors: Tensor, reg_max: int) -> Tensor:
+    """Distances to the four sides -> corners.
+
+    Args:
+        boxes: [B, 4 * R, A] raw output: logits of R bins per side, or the distances themselves when R is 1.
+        anchors: [2, A] cell centres, in cells of each anchor's own level.
+        reg_max: R.
+
+    Returns:
+        [B, 4, A] float32 x1 y1 x2 y2, in cells of each anchor's own level.
+    """
+    distance = boxes.float()
+    if reg_max > 1:
+        b, _, a = distance.shape
+        bins = torch.arange(reg_max, device=boxes.device, dtype=torch.float32).view(1, 1, reg_max, 1)
+        distance = (distance.view(b, 4, reg_max, a).softmax(2) * bins).sum(2)
+    left_top, right_bottom = distance[:, :2], distance[:, 2:]
+    return torch.cat((anchors - left_top, anchors + right_bottom), dim=1)
+
+
+def giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+    """Generalised IoU of paired boxes (Rezatofighi et al. 2019, arXiv 1902.09630).
+
+    Args:
+        a, b: [B, 4, A] x1 y1 x2 y2 in the same unit. A box turned inside out counts as empty.
+
+    Returns:
+        [B, A] in [-1, 1].
+    """
+    size_a = (a[:, 2:] - a[:, :2]).clamp(min=0)
+    size_b = (b[:, 2:] - b[:, :2]).clamp(min=0)
+    inner = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
+    outer = (torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])).clamp(min=0)
+    overlap, hull = inner.prod(1), outer.prod(1)
+    union = size_a.prod(1) + size_b.prod(1) - overlap
+    return (overlap + eps) / (union + eps) - (hull - union) / (hull + eps)
+
+
+def paired_head(teacher: Mapping[str, Any], branch: str | None) -> Mapping[str, Tensor]:
+    """The teacher's outputs that supervise one of the student's heads.
+
+    Args:
+        teacher: {"boxes", "scores"} of a single head, or {"one2many": ..., "one2one": ...}.
+        branch: which of its heads the student asks for; None for a student with a single head.
+
+    Returns:
+        The dict of the head of the same kind. A teacher with a single head supervises both of the student's;
+        a student with a single head learns from one2many, which is the kind it has.
+    """
+    if ONE2MANY not in teacher:
+        return teacher
+    head: Mapping[str, Tensor] = teacher[branch or ONE2MANY]
+    return head
+
+
+def supervision_terms(
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    *,
+    student_reg_max: int,
+    teacher_reg_max: int,
+    anchors: Tensor,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+) -> Supervision:
+    """Class and box terms for one head on one batch (DESIGN section 3).
+
+    Each anchor's weight is f, the teacher's highest class score there; N = max(1, sum of f over the batch)
+    divides both terms. Equal numbers of bins: f-weighted KL of the bins. A head without bins on either side:
+    f-weighted 1 - GIoU of the decoded boxes.
+
+    Args:
+        student: {"boxes": [B, 4 * Rs, A], "scores": [B, nc, A]} with gradient.
+        teacher: {"boxes": [B, 4 * Rt, A], "scores": [B, nc, A]}, same anchors, classes in the student's
+            order.
+        student_reg_max, teacher_reg_max: Rs and Rt.
+        anchors: [2, A] cell centres in cells of each anchor's own level; only read when boxes are decoded.
+        temperature: T > 0 of the class term; its factor T^2 is included. The weight w stays at T = 1.
+        beta: exponent of w = |sigmoid(t) - sigmoid(s)|^beta, no gradient; 0 is plain KL.
+
+    Returns:
+        Two scalars, float32. The caller multiplies by the gains and by B.
+
+    Raises:
+        ValueError: shapes that do not pair.
+    """
+    t_scores, s_scores = teacher["scores"], student["scores"]
+    if t_scores.shape != s_scores.shape:
+        raise ValueError(
+            f"teacher and student scores must have one shape [B, nc, A], got {tuple(t_scores.shape)} "
+            f"and {tuple(s_scores.shape)}"
+        )
+    with torch.autocast(s_scores.device.type, enabled=False):
+        t_logits, s_logits = t_scores.detach().float(), s_scores.float()
+        probability = t_logits.sigmoid()
+        foreground = probability.amax(1)
+        total = foreground.sum().clamp(min=1)
+        divergence = bernoulli_kl(t_logits, s_logits, temperature) * temperature**2
+        if beta:
+            divergence = divergence * (probability - s_logits.detach().sigmoid()).abs() ** beta
+        if student_reg_max == teacher_reg_max > 1:
+            box = bins_kl(teacher["boxes"], student["boxes"], student_reg_max)
+        else:
+            target = decode_boxes(teacher["boxes"].detach(), anchors, teacher_reg_max)
+            box = 1 - giou(target, decode_boxes(student["boxes"], anchors, student_reg_max))
+        return Supervision(divergence.sum() / total, (foreground * box).sum() / total)

@@ -1,0 +1,477 @@
+"""The teacher: a frozen Ultralytics detector, loaded without running code from its file.
+
+Two uses. `Detector.detect` finds boxes in pictures, the same whatever else is in the batch. `Detector.heads`
+gives the raw head outputs that a student is supervised with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from ultralytics.nn import tasks
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import SETTINGS
+from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
+from ultralytics.utils.tal import make_anchors
+
+from focusdd_det.errors import ConfigError, WeightsError
+from focusdd_det.losses import ONE2MANY, ONE2ONE, decode_boxes
+from focusdd_det.types import Detections, Image
+
+STRIDE = 32  # largest stride of every YOLO head that Ultralytics ships
+LETTERBOX_GREY = 114  # what YOLO was trained to see beside a picture
+DECIMALS = 4  # scores and boxes are rounded to 1e-4 before anything is decided
+_HOW_TO_GET = (
+    "pass a checkpoint that Ultralytics saved, e.g. an official yolo11n.pt or the best.pt of a training run"
+)
+
+
+@contextlib.contextmanager
+def safe_ultralytics() -> Iterator[None]:
+    """Inside, Ultralytics loads checkpoints with weights_only and builds their models without eval().
+
+    Its own switch, ULTRALYTICS_SAFE_LOAD, is read once at import; this one lasts for a block. Without it the
+    `activation:` line inside a checkpoint is evaluated as Python when a model is built from it.
+    """
+    before = tasks.SAFE_LOAD
+    tasks.SAFE_LOAD = True
+    try:
+        yield
+    finally:
+        tasks.SAFE_LOAD = before
+
+
+def resolve_weights(path: str | os.PathLike[str], download: bool = False) -> Path:
+    """The file that a checkpoint argument means.
+
+    Args:
+        path: a file, or the bare name of an official checkpoint (`yolo11x.pt`), which is also looked for in
+            Ultralytics' weights folder.
+        download: fetch a missing official checkpoint with Ultralytics' own downloader, into the working
+            folder.
+
+    Raises:
+        WeightsError: no such file, and either not an official name, or not asked to download it, or the
+            download failed.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise WeightsError(f"{file} is a folder, expected a checkpoint file (.pt); {_HOW_TO_GET}")
+    official = file.name in GITHUB_ASSETS_NAMES and file.name == str(path)
+    if not official:
+        raise WeightsError(f"checkpoint not found: {file} (looked in {Path.cwd()}); {_HOW_TO_GET}")
+    known = Path(SETTINGS["weights_dir"]) / file.name
+    if known.is_file():
+        return known
+    if not download:
+        raise WeightsError(
+            f"{file.name} is an official Ultralytics checkpoint, but there is no such file here or in "
+            f"{known.parent}, and nothing is downloaded without being asked; add download=True to fetch it "
+            "with Ultralytics, or get it from https://github.com/ultralytics/assets/releases and pass its "
+            "path"
+        )
+    try:
+        fetched = Path(attempt_download_asset(file.name))
+    except Exception as error:  # the downloader raises whatever its transport raises
+        raise WeightsError(
+            f"downloading {file.name} failed: {error}; get the file yourself and pass its path"
+        ) from error
+    if not fetched.is_file():
+        raise WeightsError(f"downloading {file.name} gave no file; get the file yourself and pass its path")
+    return fetched
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_container(file: Path) -> None:
+    """Name the usual wrong files before anything is unpickled."""
+    size = file.stat().st_size
+    if size == 0:
+        raise WeightsError(f"{file} is empty (0 bytes), expected a checkpoint; download or copy it again")
+    with file.open("rb") as stream:
+        head = stream.read(512)
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise WeightsError(
+            f"{file} is a web page, not a checkpoint (a download that was answered with HTML); download it "
+            "again"
+        )
+    if head[:2] != b"PK":
+        raise WeightsError(
+            f"{file} is not a PyTorch checkpoint ({size} bytes, starts with {head[:8]!r}; expected a zip "
+            f"archive as torch.save writes it); {_HOW_TO_GET}"
+        )
+    if not zipfile.is_zipfile(file):
+        raise WeightsError(
+            f"{file} is cut short: it begins like a checkpoint, but the end of the archive is missing "
+            f"({size} bytes); copy or download it again"
+        )
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if any(name.endswith("constants.pkl") for name in names):
+        raise WeightsError(
+            f"{file} is a TorchScript archive, an exported model; expected the checkpoint it was exported "
+            f"from; {_HOW_TO_GET}"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise WeightsError(
+            f"{file} is a zip archive without data.pkl, so not a PyTorch checkpoint; {_HOW_TO_GET}"
+        )
+
+
+def safe_read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything in an Ultralytics checkpoint, read with an allow-list of classes; no code from the file
+    runs.
+
+    Raises:
+        WeightsError: missing, empty, a web page, cut short, TorchScript, not a checkpoint, or it needs a
+            class that is not on Ultralytics' allow-list (custom code).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise WeightsError(f"checkpoint not found: {file}; {_HOW_TO_GET}")
+    if not tasks._SafeLoad.SUPPORTED:
+        raise WeightsError(
+            f"torch {torch.__version__} cannot load checkpoints safely; install torch 2.6 or newer ({file} "
+            "was not opened)"
+        )
+    _check_container(file)
+    # Ultralytics rewrites names (yolov5s.pt, quotes) and may then download another file; this name is never
+    # rewritten.
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "checkpoint.pt"
+        try:
+            link.symlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, link)
+        try:
+            checkpoint, _ = tasks.torch_safe_load(str(link), safe_only=True)
+        except (TypeError, ImportError, AttributeError, pickle.UnpicklingError) as error:
+            raise WeightsError(
+                f"{file} was refused: it needs code that is not part of Ultralytics or PyTorch "
+                f"({_reason(error, link)}). Such a file can run anything when it is opened. "
+                f"{_HOW_TO_GET[0].upper()}{_HOW_TO_GET[1:]}"
+            ) from error
+        except Exception as error:  # a damaged archive reaches us as whatever the reader trips over
+            raise WeightsError(
+                f"{file} cannot be read as a checkpoint ({_reason(error, link)}); copy or download it again"
+            ) from error
+    if not isinstance(checkpoint, dict):
+        raise WeightsError(
+            f"{file} holds a {type(checkpoint).__name__}, expected a checkpoint dict; {_HOW_TO_GET}"
+        )
+    return checkpoint
+
+
+def _reason(error: BaseException, link: Path) -> str:
+    cause: BaseException = error.__cause__ or error
+    text = str(cause).replace(str(link), "the file")
+    first = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "blocked" in line), "")
+    return first or (text.splitlines() or [type(cause).__name__])[0]
+
+
+def safe_checkpoint(path: str | os.PathLike[str]) -> DetectionModel:
+    """A detection model from an Ultralytics checkpoint, without running code from the file and without a
+    download.
+
+    Returns:
+        The EMA model if the file has one, else the model; float32, eval, on the CPU.
+
+    Raises:
+        WeightsError: as `safe_read`; or the file holds no detection model.
+    """
+    checkpoint = safe_read(path)
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, DetectionModel):
+        what = type(model).__name__ if model is not None else f"keys {sorted(map(str, checkpoint))[:8]}"
+        raise WeightsError(f"{path} holds no Ultralytics detection model ({what}); {_HOW_TO_GET}")
+    head = model.model[-1]
+    if type(head) is not Detect:
+        raise WeightsError(
+            f"{path} is a {type(head).__name__} model, expected a plain detector (head Detect); {_HOW_TO_GET}"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Upsample) and not hasattr(module, "recompute_scale_factor"):
+            module.recompute_scale_factor = None  # checkpoints older than torch 1.11
+    return model.float().eval()
+
+
+class Detector:
+    """A frozen detector whose classes are the caller's, in the caller's order.
+
+    Attributes:
+        names: class names of channel 0, 1, ...
+        sha256: of the checkpoint file.
+        path: the checkpoint file.
+        reg_max: bins per box side; 1 means the head predicts distances directly (YOLO26).
+        end2end: whether it has a one-to-one head beside the usual one-to-many head.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        model: DetectionModel,
+        path: Path,
+        sha256: str,
+        names: Sequence[str] | None,
+        device: torch.device,
+    ) -> None:
+        own = tuple(str(model.names[i]) for i in range(len(model.names)))
+        head = model.model[-1]
+        self.path, self.sha256, self.device = path, sha256, device
+        self.names = tuple(names) if names is not None else own
+        self.reg_max = int(head.reg_max)
+        self.end2end = getattr(head, "one2one_cv2", None) is not None
+        if head.cv2 is None:
+            raise WeightsError(
+                f"{path} was saved fused, without its one-to-many head; pass the unfused checkpoint"
+            )
+        if len(own) != head.nc:
+            raise WeightsError(
+                f"{path} has {head.nc} class channels but {len(own)} class names; it cannot be trusted"
+            )
+        missing = [name for name in self.names if name not in own]
+        if missing:
+            raise WeightsError(
+                f"the teacher {path} does not know {len(missing)} of the {len(self.names)} classes: "
+                f"{', '.join(missing)}.\n  asked for: {', '.join(self.names)}\n  it knows: "
+                f"{', '.join(own)}\nUse a teacher that was trained on these classes, or rename them to the "
+                "teacher's names"
+            )
+        order = [own.index(name) for name in self.names]
+        if not self.end2end:  # fusing drops one of the two heads of an end-to-end model
+            model = model.fuse(verbose=False)
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._strides: list[float] = [float(s) for s in head.stride]
+        self._gather = None if order == list(range(len(own))) else torch.tensor(order, device=device)
+        if any(abs(s - int(s)) > 0 for s in self._strides) or max(self._strides) > STRIDE:
+            raise WeightsError(f"{path} has strides {self._strides}, expected whole numbers up to {STRIDE}")
+
+    def __repr__(self) -> str:
+        heads = "two heads" if self.end2end else "one head"
+        return f"Detector({self.path.name}, {len(self.names)} classes, {heads}, reg_max={self.reg_max})"
+
+    def _forward(self, x: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
+        raw = self._model(x)[1]
+        if self.end2end:
+            features = raw[ONE2MANY]["feats"]
+            return {kind: self._select(raw[kind]) for kind in (ONE2MANY, ONE2ONE)}, features
+        return self._select(raw), raw["feats"]
+
+    def _select(self, head: dict[str, Tensor]) -> dict[str, Tensor]:
+        scores = head["scores"]
+        return {"boxes": head["boxes"], "scores": scores if self._gather is None else scores[:, self._gather]}
+
+    @torch.no_grad()
+    def heads(self, x: Tensor) -> dict[str, Any]:
+        """Raw head outputs before sigmoid and softmax, for supervision. No gradient, no wait for the device.
+
+        Args:
+            x: [B, 3, H, W] float in 0..1, RGB, H and W multiples of 32, on this detector's device.
+
+        Returns:
+            {"boxes": [B, 4 * reg_max, A], "scores": [B, nc, A]}, or with two heads {"one2many": that,
+            "one2one": that}. Anchors run over strides 8, 16, 32, rows, columns.
+        """
+        return self._forward(x)[0]
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Sequence[Image],
+        conf: float = 0.25,
+        iou: float = 0.7,
+        max_det: int = 300,
+        batch: int = 8,
+        imgsz: int = 640,
+    ) -> list[Detections]:
+        """Objects in pictures of one size. The result of a picture does not depend on the others or on their
+        number.
+
+        Every forward pass has `batch` pictures, the last one padded with empty ones, and scores and boxes are
+        rounded to 1e-4 before a threshold or NMS decides anything. NMS is per class; a detector with a
+        one-to-one head needs none.
+
+        Args:
+            images: uint8 RGB [H, W, 3], all of one size. A square with a side that is a multiple of 32 goes
+                in as it is; anything else is letterboxed to `imgsz` and its boxes are mapped back.
+            conf: boxes with a score of at most this are dropped, in [0, 1].
+            iou: boxes of one class that overlap a better one by more than this are dropped, in [0, 1].
+            max_det: at most this many boxes a picture.
+            batch: pictures per forward pass.
+            imgsz: side of the letterbox, a multiple of 32.
+
+        Returns:
+            One Detections a picture, best first; boxes in pixels of the picture, clipped to it.
+
+        Raises:
+            ConfigError: pictures of several sizes or wrong type, or options out of range.
+            WeightsError: the teacher's outputs are not finite.
+        """
+        if not images:
+            return []
+        if (
+            batch < 1
+            or imgsz < STRIDE
+            or imgsz % STRIDE
+            or not (0 <= conf <= 1 and 0 <= iou <= 1)
+            or max_det < 1
+        ):
+            raise ConfigError(
+                f"detect needs batch >= 1, imgsz a multiple of {STRIDE}, conf and iou in [0, 1], max_det >= "
+                f"1; got batch={batch}, imgsz={imgsz}, conf={conf}, iou={iou}, max_det={max_det}"
+            )
+        shape = images[0].shape
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape != shape:
+                raise ConfigError(
+                    f"detect needs uint8 RGB pictures [H, W, 3] of one size, got {image.dtype} {image.shape} "
+                    f"beside {shape}"
+                )
+        found: list[Detections] = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            found.extend(self._detect_batch(part, batch, conf, iou, max_det, imgsz))
+        return found
+
+    def _detect_batch(
+        self, images: Sequence[Image], batch: int, conf: float, iou: float, max_det: int, imgsz: int
+    ) -> list[Detections]:
+        height, width = images[0].shape[:2]
+        squares, scale, pad_x, pad_y = zip(*(_letterbox(image, imgsz) for image in images), strict=True)
+        stack = np.zeros((batch, *squares[0].shape), np.uint8)
+        stack[: len(squares)] = squares
+        x = torch.from_numpy(stack).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
+        heads, features = self._forward(x)
+        head = heads[ONE2ONE] if self.end2end else heads
+        anchors, strides = make_anchors(features, torch.tensor(self._strides), 0.5)
+        boxes = decode_boxes(head["boxes"], anchors.T.float(), self.reg_max) * strides.T.float()
+        boxes_np = boxes[: len(images)].permute(0, 2, 1).cpu().numpy().astype(np.float64)
+        scores_np = head["scores"][: len(images)].float().sigmoid().permute(0, 2, 1).cpu().numpy()
+        if not (np.isfinite(boxes_np).all() and np.isfinite(scores_np).all()):
+            raise WeightsError(
+                f"the teacher {self.path} gives values that are not finite (NaN or infinity): its weights "
+                "are damaged; copy or download it again"
+            )
+        offset = np.array([pad_x[0], pad_y[0], pad_x[0], pad_y[0]])
+        limit = np.array([width, height, width, height], np.float64)
+        found = []
+        for b, s in zip(boxes_np, scores_np, strict=True):
+            candidate = np.flatnonzero(s.max(1) > conf - 1e-3)  # before the rounding, with room for it
+            rounded = np.round((b[candidate] - offset) / scale[0], DECIMALS)
+            certain = np.round(s[candidate].astype(np.float64), DECIMALS)
+            found.append(_select_boxes(rounded, certain, limit, conf, None if self.end2end else iou, max_det))
+        return found
+
+
+def _letterbox(image: Image, imgsz: int) -> tuple[Image, float, int, int]:
+    """A square that the network takes (the picture itself if it is one), its scale, left and top padding."""
+    height, width = image.shape[:2]
+    if height == width and height % STRIDE == 0:
+        return image, 1.0, 0, 0
+    scale = imgsz / max(height, width)
+    new_w, new_h = max(1, round(width * scale)), max(1, round(height * scale))
+    resized = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+    left, top = (imgsz - new_w) // 2, (imgsz - new_h) // 2
+    canvas = np.full((imgsz, imgsz, 3), LETTERBOX_GREY, np.uint8)
+    canvas[top : top + new_h, left : left + new_w] = resized
+    return canvas, scale, left, top
+
+
+def _select_boxes(
+    boxes: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    limit: NDArray[np.float64],
+    conf: float,
+    iou: float | None,
+    max_det: int,
+) -> Detections:
+    """Threshold, order, NMS per class (unless `iou` is None), clip; takes rounded [n, 4] and [n, nc]."""
+    classes = scores.argmax(1) if len(scores) else np.zeros(0, np.int64)
+    best = scores.max(1) if len(scores) else np.zeros(0)
+    clipped = np.clip(boxes, 0, limit)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    usable = np.flatnonzero((best > conf) & (sides > 0).all(1))
+    order = usable[np.argsort(-best[usable], kind="stable")]  # equal scores keep the order of the anchors
+    if iou is not None:
+        order = order[nms(boxes[order], classes[order], iou)]
+    order = order[:max_det]
+    return Detections(
+        clipped[order].astype(np.float32),
+        classes[order].astype(np.int64),
+        best[order].astype(np.float32),
+        scores[order].astype(np.float32),
+    )
+
+
+def nms(boxes: NDArray[np.float64], classes: NDArray[np.int64], iou: float) -> NDArray[np.int64]:
+    """Greedy non-maximum suppression within each class.
+
+    Args:
+        boxes: [n, 4] x1 y1 x2 y2, best first.
+        classes: [n].
+        iou: a box is dropped if it overlaps a kept one of its class by more than this.
+
+    Returns:
+        Positions of the kept boxes, ascending.
+    """
+    area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+    alive = np.ones(len(boxes), bool)
+    for i in range(len(boxes)):
+        if not alive[i]:
+            continue
+        rest = i + 1 + np.flatnonzero(alive[i + 1 :] & (classes[i + 1 :] == classes[i]))
+        low = np.maximum(boxes[i, :2], boxes[rest, :2])
+        high = np.minimum(boxes[i, 2:], boxes[rest, 2:])
+        overlap = np.prod(np.maximum(high - low, 0), axis=1)
+        union = np.maximum(area[i] + area[rest] - overlap, 1e-12)
+        alive[rest[overlap / union > iou]] = False
+    return np.flatnonzero(alive)
+
+
+def load_detector(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    names: Sequence[str] | None = None,
+    download: bool = False,
+) -> Detector:
+    """A frozen teacher from a checkpoint of any Ultralytics detector.
+
+    Args:
+        path: checkpoint file, or an official name together with `download`.
+        device: `cpu`, `cuda:0`, ...
+        names: class names of the set; the teacher's channels are gathered by name, extra ones are dropped.
+        download: allow Ultralytics to fetch a missing official checkpoint.
+
+    Raises:
+        WeightsError: see `resolve_weights`, `safe_checkpoint`; names the teacher lacks (both lists are
+            printed); weights that give NaN.
+    """
+    file = resolve_weights(path, download)
+    detector = Detector(safe_checkpoint(file), file, file_sha256(file), names, torch.device(device))
+    probe = np.full((64, 64, 3), LETTERBOX_GREY, np.uint8)
+    detector.detect([probe], batch=1)  # damaged weights are found here, not in the middle of a run
+    return detector
