@@ -1,0 +1,330 @@
+"""`train` and `val_coco`: command line -> options, with every key of Ultralytics beside ours."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.cfg import get_cfg, smart_value
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
+from ultralytics.utils.torch_utils import select_device
+
+from focusdd_det import coco_eval
+from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.errors import ConfigError, Interrupted
+from focusdd_det.supervision import Options
+from focusdd_det.teacher import file_sha256, resolve_weights
+from focusdd_det.traindata import load_yolo_data, resolve_data
+
+SHIPPED = "train_det.yaml"
+NOT_SHIPPED_ON_RESUME = ("model", "data")  # a resumed run has its own
+TRAIN_EXTRA = {"augmentations": [], "save_dir": None}  # Ultralytics takes them although its YAML lacks them
+VERBATIM = (
+    "model",
+    "data",
+    "name",
+    "project",
+    "teacher",
+    "eval_data",
+    "eval_annotations",
+    "annotations",
+    "images",
+    "out",
+)
+
+TRAIN_USAGE = """Train a detector on a distilled set, supervised by its boxes and by a teacher's raw outputs.
+
+  python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100 eval_data=coco.yaml
+  python tools/train_det.py --model yolo11s.yaml --data datasets/focusdd --supervision labels --epochs 100
+  python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt kl_cls=0.5 batch=32 device=0
+  python tools/train_det.py resume=runs/detect/train/weights/last.pt
+  python tools/train_det.py data=datasets/focusdd teacher=yolo11x.pt --dry-run
+
+`key=value` or `--key value`; every key of `yolo train` and the ones below. --dry-run prints the plan and stops.
+"""
+
+VAL_USAGE = """Official COCO mAP (pycocotools) of any Ultralytics detector on any COCO annotations file.
+
+  python tools/val_coco.py model=best.pt annotations=coco/annotations/instances_val2017.json images=coco/images/val2017
+  python tools/val_coco.py --model best.pt --data coco.yaml --set datasets/focusdd --out coco_eval.json
+  python tools/val_coco.py model=yolo11n.pt annotations=mine.json images=pictures subset=True device=0
+
+  model          checkpoint (.pt)
+  annotations    COCO instances JSON; with data=, looked for in its annotations/ folder
+  images         folder of the pictures, or a text file with one path a line; with data=, its val split
+  data           YOLO data.yaml that names both
+  set            a distilled set: a second column averages over the classes that it covers
+  covered        the same with class names: covered=person,dog
+  out            JSON with all numbers (default: coco_eval.json beside the checkpoint; out=none writes none)
+  subset         True evaluates the annotated pictures that are there; the result says so (default False)
+  imgsz, batch, conf, iou, max_det, device      640, 16, 0.001, 0.7, 300, first GPU or cpu
+  end2end        True uses the one-to-one head of YOLO26 without NMS (default False, as in `yolo val`)
+  download       True lets Ultralytics fetch a missing official checkpoint
+"""
+
+
+def train(argv: Sequence[str]) -> int:
+    """`focusdd detect train`, tools/train_det.py.
+
+    Raises:
+        ConfigError: unknown keys (with suggestions) or wrong values; DataError, WeightsError, VerifyError as the trainer.
+        Interrupted: stopped by the user, with the command that goes on.
+    """
+    if _wants_help(argv):
+        print(TRAIN_USAGE + "\n" + describe(SHIPPED))
+        return 0
+    given = parse(argv, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys()), "dry_run": False})
+    dry_run = bool(given.pop("dry_run", False))
+    overrides = train_overrides(given)
+    _check_values(overrides)
+    if dry_run:
+        print(plan(overrides))
+        return 0
+    from focusdd_det.trainer import FocusDDTrainer
+
+    trainer = FocusDDTrainer(overrides=overrides)
+    try:
+        trainer.train()
+    except KeyboardInterrupt as error:
+        last = Path(trainer.last)
+        again = f"python tools/train_det.py resume={last}" if last.is_file() else "the same command"
+        raise Interrupted(f"stopped; the finished epochs are kept. To go on: {again}") from error
+    LOGGER.info(f"run folder: {trainer.save_dir}")
+    return 0
+
+
+def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
+    file = given.get("cfg")
+    own = read_yaml(Path(str(file))) if file else {}
+    _refuse_unknown(own, _train_keys(), f"{file}: ")
+    asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
+    if asked.get("resume"):
+        if asked["resume"] is True and str(asked.get("model") or "").endswith(".pt"):
+            asked["resume"] = asked.pop("model")  # yolo train resume model=path/to/last.pt
+        return asked
+    return {**read_yaml(cfg_dir() / SHIPPED), **asked}
+
+
+def plan(overrides: Mapping[str, Any]) -> str:
+    """What a training would do, after every check that needs no training. Writes nothing."""
+    if overrides.get("resume"):
+        return f"resume {overrides['resume']} with {_listed({k: v for k, v in overrides.items() if k != 'resume'})}"
+    options = Options.of(overrides)
+    data = resolve_data(overrides.get("data"))
+    names = load_yolo_data(data.yaml, "train")["names"]
+    lines = [f"model         {overrides.get('model')}", f"data          {data}", f"classes       {len(names)}"]
+    if options.uses_teacher:
+        file = resolve_weights(str(options.teacher), options.download)
+        lines.append(f"teacher       {file} (sha256 {file_sha256(file)[:12]})")
+    if options.eval_data:
+        evaluation = load_yolo_data(resolve_data(options.eval_data).yaml, "val")
+        annotations = options.eval_annotations or coco_eval.usual_annotations(evaluation)
+        lines += [f"evaluated on  {evaluation['val']}", f"COCO mAP from {annotations or 'no annotations: none'}"]
+    else:
+        lines.append("evaluated on  nothing (no eval_data): no mAP will be quoted")
+    ours = {
+        k: v for k, v in dataclasses.asdict(options).items() if k not in ("teacher", "eval_data", "eval_annotations")
+    }
+    stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
+    return "\n".join([*lines, f"supervision   {_listed(ours)}", f"ultralytics   {_listed(stock)}"])
+
+
+def val_coco(argv: Sequence[str]) -> int:
+    """`focusdd detect val`, tools/val_coco.py.
+
+    Raises:
+        ConfigError, DataError, WeightsError: as `coco_eval.evaluate`.
+    """
+    if _wants_help(argv):
+        print(VAL_USAGE)
+        return 0
+    defaults = {
+        "model": None,
+        "annotations": None,
+        "images": None,
+        "data": None,
+        "set": None,
+        "covered": None,
+        "out": None,
+        "subset": False,
+        "imgsz": 640,
+        "batch": 16,
+        "conf": 0.001,
+        "iou": 0.7,
+        "max_det": 300,
+        "device": None,
+        "end2end": False,
+        "download": False,
+    }
+    options = {**defaults, **parse(argv, defaults)}
+    for key in ("imgsz", "batch", "max_det"):
+        _expect(options, key, int)
+    for key in ("conf", "iou"):
+        _expect(options, key, float)
+    for key in ("subset", "end2end", "download"):
+        _expect(options, key, bool)
+    if options["model"] is None:
+        raise ConfigError("model= is missing; expected a checkpoint, e.g. model=runs/detect/train/weights/last.pt")
+    weights = resolve_weights(options["model"], options["download"])
+    annotations, images = options["annotations"], options["images"]
+    if options["data"] is not None:
+        data = load_yolo_data(resolve_data(options["data"]).yaml, "val")
+        images = images or data["val"]
+        annotations = annotations or coco_eval.usual_annotations(data)
+    if annotations is None or images is None:
+        raise ConfigError(
+            "annotations= and images= are needed (or data= with an annotations/ folder beside its images); the official "
+            "COCO mAP is computed from nothing else"
+        )
+    covered: Sequence[str] | None = _names(options["covered"])
+    if options["set"] is not None:
+        covered = resolve_data(options["set"]).covered
+        if not covered:
+            raise ConfigError(f"set={options['set']} is not a distilled set of ours; give covered=name,name instead")
+    device = select_device("" if options["device"] is None else str(options["device"]), verbose=False)
+    numbers = {key: options[key] for key in ("imgsz", "batch", "conf", "iou", "max_det", "subset", "end2end")}
+    result = coco_eval.evaluate(weights, annotations, images, device=str(device), covered=covered, **numbers)
+    print(result.table())
+    if str(options["out"]).lower() != "none" or options["out"] is None:
+        out = Path(str(options["out"])) if options["out"] else weights.with_name("coco_eval.json")
+        coco_eval.write_json(result.as_dict(), out)
+        print(f"written to {out}")
+    return 0
+
+
+# ---- words -> keys and values ----
+
+
+def parse(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
+    """`key=value`, `--key value`, `--key=value`, `key = value` and bare flags -> keys and Python values.
+
+    Args:
+        known: every key with its default; a bare word is a flag where the default is a bool.
+
+    Raises:
+        ConfigError: all unknown keys at once with suggestions; a key without a value; an unclosed bracket.
+    """
+    found: dict[str, Any] = {}
+    unknown: list[str] = []
+    tokens = _join(argv)
+    while tokens:
+        token = tokens.pop(0)
+        key, equals, value = token.lstrip("-").partition("=") if token.startswith("--") else token.partition("=")
+        key = key.strip().replace("-", "_")
+        if key in ("detect", "train", "val") and not equals:
+            continue  # `yolo detect train ...` by habit
+        if key not in known:
+            unknown.append(key)
+            if (
+                not equals
+                and token.startswith("--")
+                and tokens
+                and not tokens[0].startswith("--")
+                and "=" not in tokens[0]
+            ):
+                tokens.pop(0)
+            continue
+        if not equals:
+            flag = isinstance(known[key], bool)
+            following = bool(tokens) and not tokens[0].startswith("--") and "=" not in tokens[0]
+            takes = token.startswith("--") and following and (not flag or tokens[0].lower() in ("true", "false"))
+            if key == "resume" and token.startswith("--") and following:
+                takes = True
+            if takes:
+                value = tokens.pop(0)
+            elif flag:
+                value = "True"
+            else:
+                raise ConfigError(f"{key} needs a value: {key}=... or --{key} ...")
+        if not value.strip():
+            raise ConfigError(f"{key}= has no value; write {key}=none to unset it")
+        found[key] = _value(key, value.strip())
+    if unknown:
+        raise ConfigError("\n".join(f"unknown option `{key}`{nearest(key, known)}" for key in unknown))
+    return found
+
+
+def _join(argv: Sequence[str]) -> list[str]:
+    """Undo what a shell splits: `a = b`, `a= b`, and lists with spaces."""
+    tokens: list[str] = []
+    depth = 0
+    glue = False
+    for word in argv:
+        starts = word == "=" or (word.startswith("=") and bool(tokens))
+        if tokens and (depth or glue or starts):
+            tokens[-1] += word
+        else:
+            tokens.append(word)
+        depth = tokens[-1].count("[") - tokens[-1].count("]")
+        glue = word == "=" or (word.endswith("=") and not word.startswith("--"))
+    if depth:
+        raise ConfigError(f"`{tokens[-1]}` has an unmatched bracket")
+    return tokens
+
+
+def _value(key: str, text: str) -> Any:
+    if key in VERBATIM:
+        return None if text.lower() in ("none", "null") else text
+    if key == "augmentations":
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(f"augmentations={text}: expected a list of Albumentations dicts, or []") from error
+    return None if text.lower() == "null" else smart_value(text)
+
+
+def nearest(key: str, known: Mapping[str, Any]) -> str:
+    """`; did you mean a or b?`, over our keys and Ultralytics' alike; empty when nothing is near."""
+    near = difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the options"
+
+
+def _train_keys() -> dict[str, Any]:
+    return {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise ConfigError("\n".join(f"{where}unknown option `{key}`{nearest(key, known)}" for key in unknown))
+
+
+def _check_values(overrides: Mapping[str, Any]) -> None:
+    """Wrong types and ranges of either kind, before anything is written."""
+    if not overrides.get("resume"):
+        Options.of(overrides)
+    stock = {key: value for key, value in overrides.items() if key in DEFAULT_CFG_DICT}
+    try:
+        get_cfg(overrides=stock)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"Ultralytics refuses the arguments: {error}") from error
+    if stock.get("task", "detect") != "detect" or stock.get("mode", "train") != "train":
+        raise ConfigError("this trains detectors: leave out task= and mode=, or use `yolo` for the other ones")
+
+
+def _expect(options: Mapping[str, Any], key: str, kind: type) -> None:
+    value = options[key]
+    fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        raise ConfigError(
+            f"{key}={value!r}: expected {'True or False' if kind is bool else f'a number ({kind.__name__})'}"
+        )
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(map(str, value))
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items()) or "nothing else"
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(word in ("-h", "--help", "help") for word in argv)

@@ -1,0 +1,160 @@
+"""How the teacher supervises a student inside Ultralytics: the options, and the criterion that adds the KL terms.
+
+The criterion is attached as `model.criterion`; what it needs of the teacher comes in the batch under TEACHER_KEY. So
+the model stays a stock DetectionModel, and its checkpoints stay stock checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
+from ultralytics.utils.tal import make_anchors
+
+from focusdd_det.config import suggest
+from focusdd_det.errors import ConfigError
+from focusdd_det.losses import ONE2MANY, ONE2ONE, paired_head, supervision_terms
+
+TEACHER_KEY = "teacher_heads"
+Mode = Literal["labels", "kl", "both"]
+MODES = ("labels", "kl", "both")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys that this package adds to Ultralytics' own; cfg/train_det.yaml says what each means.
+
+    Raises:
+        ConfigError: all wrong values at once.
+    """
+
+    teacher: str | None = None
+    supervision: Mode = "both"
+    kl_cls: float = 1.0
+    kl_dfl: float = 1.0
+    kl_beta: float = 1.0
+    kl_temperature: float = 1.0
+    eval_data: str | None = None
+    eval_annotations: str | None = None
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.supervision not in MODES:
+            near = suggest(str(self.supervision), MODES)
+            problems.append(f"supervision={self.supervision!r}: expected labels, kl or both{near}")
+        for key, positive in (("kl_cls", False), ("kl_dfl", False), ("kl_beta", False), ("kl_temperature", True)):
+            value = getattr(self, key)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (positive and value == 0):
+                problems.append(f"{key}={value!r}: expected a number {'> 0' if positive else '>= 0'}")
+        for key in ("teacher", "eval_data", "eval_annotations"):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, str):
+                problems.append(f"{key}={value!r}: expected a path")
+        if not isinstance(self.download, bool):
+            problems.append(f"download={self.download!r}: expected True or False")
+        if self.supervision in ("kl", "both") and not self.teacher:
+            problems.append(
+                f"supervision={self.supervision} needs teacher=<checkpoint>, e.g. teacher=yolo11x.pt; "
+                "supervision=labels trains on the boxes alone"
+            )
+        if problems:
+            raise ConfigError("the options of the training are not valid:\n  " + "\n  ".join(problems))
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.supervision != "labels"
+
+    @staticmethod
+    def keys() -> tuple[str, ...]:
+        """Names of the options, in order."""
+        return tuple(field.name for field in dataclasses.fields(Options))
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Options:
+        """From keys and values; paths may be Path objects, a missing key takes its default."""
+        known = Options.keys()
+        plain: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known}
+        return Options(**plain)
+
+
+class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
+    """Ultralytics' detection loss on the pseudo boxes plus the KL terms of one head.
+
+    Loss names: the three of Ultralytics, then kl_cls_loss and kl_dfl_loss (kl_box_loss when a head has no bins).
+    All are always there: a term that is off is zero, and validation, which has no teacher, logs zeros for the KL.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tal_topk: int = 10,
+        tal_topk2: int | None = None,
+        *,
+        options: Options,
+        teacher_reg_max: int,
+    ) -> None:
+        super().__init__(model, tal_topk=tal_topk, tal_topk2=tal_topk2)
+        self.options = options
+        self.teacher_reg_max = teacher_reg_max
+        self.branch: str | None = None
+        bins = self.reg_max == teacher_reg_max > 1
+        self.kl_names = ("kl_cls_loss", "kl_dfl_loss" if bins else "kl_box_loss")
+
+    def loss(self, preds: dict[str, Any], batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One head's terms.
+
+        Args:
+            preds: {"boxes": [B, 4 * R, A], "scores": [B, nc, A], "feats": feature maps} of the student.
+            batch: Ultralytics' batch; with the teacher's raw heads under TEACHER_KEY while training.
+
+        Returns:
+            Vector of five terms times B, and a dict of the terms, detached, not times B.
+        """
+        size = preds["boxes"].shape[0]
+        teacher = batch.get(TEACHER_KEY)
+        if teacher is not None and self.options.supervision == "kl":
+            vector = torch.zeros(3, device=preds["scores"].device)
+            items = dict.fromkeys(self.loss_names, vector[0])
+        else:
+            vector, items = super().loss(preds, batch)
+        kl = torch.zeros(2, device=vector.device)
+        if teacher is not None:
+            anchors, _ = make_anchors(preds["feats"], self.stride, 0.5)
+            terms = supervision_terms(
+                preds,
+                paired_head(teacher, self.branch),
+                student_reg_max=self.reg_max,
+                teacher_reg_max=self.teacher_reg_max,
+                anchors=anchors.T.float(),
+                temperature=self.options.kl_temperature,
+                beta=self.options.kl_beta,
+            )
+            gains = self.options.kl_cls * self.hyp.cls, self.options.kl_dfl * self.hyp.dfl
+            kl = torch.stack((terms.cls * gains[0], terms.box * gains[1]))
+        return torch.cat((vector, kl * size)), {**items, **dict(zip(self.kl_names, kl.detach(), strict=True))}
+
+
+def build_criterion(model: nn.Module, options: Options, teacher_reg_max: int) -> Any:
+    """The criterion for a student: one loss, or one for each of the two heads of an end-to-end student.
+
+    Args:
+        model: Ultralytics DetectionModel, already on its device.
+        teacher_reg_max: R of the teacher; the student's own when there is no teacher.
+    """
+    loss = partial(SupervisedLoss, options=options, teacher_reg_max=teacher_reg_max)
+    head: Any = model.model[-1]  # type: ignore[index]
+    if getattr(head, "one2one_cv2", None) is None:
+        return loss(model)
+    both = E2ELoss(model, loss)
+    both.one2many.branch, both.one2one.branch = ONE2MANY, ONE2ONE
+    return both

@@ -1,0 +1,594 @@
+"""FocusDDTrainer: Ultralytics' DetectionTrainer with a teacher, an evaluation split of its own, and exact resume.
+
+from ultralytics import YOLO
+from focusdd_det.trainer import FocusDDTrainer
+YOLO("yolo11n.yaml").train(trainer=FocusDDTrainer, data="sets/coco50", teacher="yolo11x.pt", epochs=100)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import ultralytics
+import yaml
+from torch import nn
+from ultralytics.engine import trainer as engine
+from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.utils.files import get_latest_run
+from ultralytics.utils.torch_utils import strip_optimizer, torch_distributed_zero_first, unwrap_model
+
+from focusdd_det import __version__, coco_eval, exact_resume
+from focusdd_det.detset import write_atomic
+from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
+from focusdd_det.replay import CleanDataset, ReplayDataset, check_jpeg_tails, replay_loader, rewind
+from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
+from focusdd_det.teacher import Detector, file_sha256, load_detector, resolve_weights, safe_read, safe_ultralytics
+from focusdd_det.traindata import TrainData, load_yolo_data, resolve_data
+
+ORIGIN_KEY = "focusdd_origin"  # hashes of the set and the teacher, kept in the checkpoint's arguments
+OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
+OPTIMIZER = "SGD"  # of the official YOLO11 recipe; Ultralytics' `auto` changes optimizer with the number of iterations
+PREFIX = colorstr("focusdd: ")
+ON_COMPOSITES = "on training composites: not a measure of quality, so not validated and no mAP is quoted"
+
+
+class WholePath(type(Path())):  # type: ignore[misc]
+    """A path whose write_bytes is atomic: Ultralytics writes its checkpoints with it."""
+
+    def write_bytes(self, data: Any) -> int:
+        write_atomic(Path(self), bytes(data))
+        return len(data)
+
+
+class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
+    """Trains a student on a distilled set, supervised by its boxes, by a teacher's raw outputs, or by both.
+
+    Options of its own (see `Options` and cfg/train_det.yaml) are given among Ultralytics' own. The teacher lives on the
+    trainer and never enters the model or a checkpoint.
+
+    Raises:
+        ConfigError: wrong options, or `distill_model` together with this trainer.
+        DataError, VerifyError: data that cannot be used, or a set that is not what its manifest says.
+        WeightsError: teacher, model or resume files missing, damaged, unsafe or not fitting.
+    """
+
+    def __init__(
+        self,
+        cfg: Any = DEFAULT_CFG,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: dict[str, Any] | None = None,
+    ) -> None:
+        given = dict(overrides or {})
+        self.own_given = {key: given.pop(key) for key in OWN_KEYS if key in given}
+        if isinstance(cfg, Mapping):
+            cfg = {key: value for key, value in cfg.items() if key not in OWN_KEYS}
+        elif hasattr(cfg, "__dict__"):
+            cfg = {key: value for key, value in vars(cfg).items() if key not in OWN_KEYS}
+        if not given.get("resume"):
+            if given.get("optimizer") is None:
+                given["optimizer"] = OPTIMIZER
+            given.setdefault("augmentations", [])
+        given["task"] = "detect"
+        self.teacher: Detector | None = None
+        self._state: exact_resume.ResumeState | None = None
+        self._last_step = -1  # number of the batch after which the optimizer stepped last, counted from epoch 0
+        self._resumed_step: int | None = None
+        self._nominal: int | None = None
+        self._batch = -1
+        with safe_ultralytics():
+            super().__init__(cfg, given, _callbacks)
+        self.wdir: Path = WholePath(self.save_dir / "weights")
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+        for key, value in {**dataclasses.asdict(self.options), ORIGIN_KEY: self.origin}.items():
+            setattr(self.args, key, value)  # for DDP's workers and for resume; args.yaml is already written without
+
+    # ---- arguments, before anything is written ----
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """Ultralytics' check, then every option and path, so that a mistake costs no run folder."""
+        resumed: dict[str, Any] = {}
+        if self.args.resume:
+            last = self._find_last(self.args.resume)
+            resumed = _resumable_args(last)
+            self.args.resume = str(last)
+        super().check_resume(overrides)
+        for key in OWN_KEYS:
+            if hasattr(self.args, key):
+                delattr(self.args, key)
+        before = {key: resumed[key] for key in OWN_KEYS if key in resumed}
+        self.options = Options.of({**before, **self.own_given})
+        if self.args.distill_model is not None:
+            raise ConfigError(
+                "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
+                "trainer (yolo train ...), or drop it and give teacher= here"
+            )
+        if self.args.single_cls and self.options.uses_teacher:
+            raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
+        self.source = resolve_data(self.args.data)
+        self.args.data = str(self.source.yaml)
+        self.args.model = _model_argument(self.args.model, self.options.download)
+        if isinstance(self.args.pretrained, (str, Path)):
+            self.args.pretrained = str(resolve_weights(self.args.pretrained, self.options.download))
+        self._check_teacher_file(bool(resumed))
+        self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
+        if resumed:
+            self._check_origin(before.get(ORIGIN_KEY) or {})
+
+    @staticmethod
+    def _find_last(resume: Any) -> Path:
+        if isinstance(resume, (str, Path)):
+            path = Path(resume)
+            file = path / "weights" / "last.pt" if path.is_dir() else path
+            if not file.is_file():
+                raise WeightsError(f"nothing to resume: {file} does not exist; expected a run's weights/last.pt")
+            return file
+        latest = get_latest_run()
+        if not latest:
+            raise WeightsError("nothing to resume here; give the checkpoint: resume=<run>/weights/last.pt")
+        return Path(latest)
+
+    def _check_teacher_file(self, resuming: bool) -> None:
+        self._teacher_file: Path | None = None
+        self._teacher_sha256 = ""
+        if not self.options.uses_teacher:
+            return
+        try:
+            self._teacher_file = resolve_weights(str(self.options.teacher), self.options.download)
+        except WeightsError as error:
+            if not resuming:
+                raise
+            raise WeightsError(
+                f"the run that is resumed was taught by {self.options.teacher}, which cannot be used now: {error}\n"
+                "Put the file back, or give its new place with teacher=<path>"
+            ) from error
+        self._teacher_sha256 = file_sha256(self._teacher_file)
+
+    def _check_origin(self, began_with: Mapping[str, str]) -> None:
+        if began_with.get("set", self.origin["set"]) != self.origin["set"]:
+            raise VerifyError(
+                f"{self.source.yaml.parent} holds another set than the one this run began with (manifest.jsonl "
+                f"{self.origin['set'][:12] or 'missing'} instead of {began_with['set'][:12] or 'none'}); put the set "
+                "back, or start a new run on this one"
+            )
+        if began_with.get("teacher", self.origin["teacher"]) != self.origin["teacher"]:
+            raise WeightsError(
+                f"{self._teacher_file} is another file than the teacher this run began with; put it back, or start a "
+                "new run with this one"
+            )
+
+    def get_dataset(self) -> dict[str, Any]:
+        """The set's description for Ultralytics; its val split is that of `eval_data`, or the set's own."""
+        data = load_yolo_data(self.source.yaml, "train")
+        if self.args.single_cls:
+            data["names"], data["nc"] = {0: "item"}, 1
+        self.eval_source: dict[str, Any] | None = None
+        self.annotations: Path | None = None
+        if self.options.eval_data:
+            self.eval_source = load_yolo_data(resolve_data(self.options.eval_data).yaml, "val")
+            data["val"] = self.eval_source["val"]
+            shared = set(self.eval_source["names"].values()) & set(data["names"].values())
+            if not shared and not self.args.single_cls:
+                raise DataError(
+                    f"eval_data={self.options.eval_data} shares no class name with the training data.\n"
+                    f"  training: {', '.join(data['names'].values())}\n"
+                    f"  evaluation: {', '.join(self.eval_source['names'].values())}"
+                )
+            self.annotations = self._find_annotations(data)
+        else:
+            self.args.val = False
+        return data
+
+    def _find_annotations(self, data: dict[str, Any]) -> Path | None:
+        assert self.eval_source is not None
+        given = self.options.eval_annotations
+        found = Path(given) if given else coco_eval.usual_annotations(self.eval_source)
+        if found is None:
+            return None
+        truth = coco_eval.load_annotations(found)
+        coco_eval.class_map([str(n) for n in data["names"].values()], truth)  # fail now, not after the training
+        coco_eval.match_images(truth, coco_eval.list_images(data["val"]), subset=False)
+        return found
+
+    # ---- data ----
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CleanDataset:
+        """Training: replayable and checked against the manifest. Validation: by class name, nothing written."""
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
+        train = mode == "train"
+        data = self.data if train or self.eval_source is None else self.eval_source
+        common = {
+            "img_path": img_path,
+            "imgsz": self.args.imgsz,
+            "batch_size": batch,
+            "augment": train,
+            "hyp": self.args,
+            "rect": self.args.rect or not train,
+            "cache": self.args.cache or None,
+            "single_cls": self.args.single_cls or False,
+            "stride": stride,
+            "pad": 0.0 if train else 0.5,
+            "prefix": colorstr(f"{mode}: "),
+            "task": "detect",
+            "classes": self.args.classes,
+            "data": data,
+            "fraction": self.args.fraction if train else 1.0,
+        }
+        if not train:
+            dataset = CleanDataset(**common)
+            if self.eval_source is not None and not self.args.single_cls:
+                _rename_classes(dataset, self.eval_source["names"], self.data["names"])
+            return dataset
+        if self.source.folder is not None:
+            check_jpeg_tails([str(f) for f in sorted((self.source.folder / "images" / "train").glob("*"))])
+        dataset = ReplayDataset(**common, seed=self.args.seed)
+        if self.source.folder is not None and self.args.fraction == 1.0:
+            _check_count(dataset, self.source)
+        return dataset
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """Training batches depend on (seed, epoch) alone; validation is Ultralytics' own loader."""
+        if mode != "train":
+            return super().get_dataloader(dataset_path, batch_size, rank, mode)
+        with torch_distributed_zero_first(rank):
+            dataset = self.build_dataset(dataset_path, mode, batch_size)
+        assert isinstance(dataset, ReplayDataset)
+        return replay_loader(
+            dataset,
+            batch_size,
+            min(self.args.workers, os.cpu_count() or 1),
+            seed=self.args.seed,
+            shuffle=not self.args.rect,
+            rank=rank,
+            world=max(self.world_size, 1),
+            drop_last=bool(self.args.compile),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def get_validator(self) -> DetectionValidator:
+        """Stock, with arguments that stock Ultralytics knows."""
+        args = copy(self.args)
+        for key in OWN_KEYS:
+            delattr(args, key)
+        return DetectionValidator(self.test_loader, save_dir=self.save_dir, args=args, _callbacks=self.callbacks)
+
+    # ---- model, teacher, criterion ----
+
+    def _setup_train(self) -> None:
+        with safe_ultralytics(), _local_amp_check():
+            super()._setup_train()
+        model = unwrap_model(self.model)
+        head = model.model[-1]
+        if self._teacher_file is not None:
+            names = [str(self.data["names"][i]) for i in range(self.data["nc"])]
+            self.teacher = load_detector(self._teacher_file, self.device, names)
+        reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)
+        model.criterion = build_criterion(model, self.options, reg_max)
+        if self.start_epoch and hasattr(model.criterion, "updates"):  # the schedule of YOLO26's two heads
+            model.criterion.updates = self.start_epoch - 1
+            model.criterion.update()
+        if self.eval_source is None:
+            LOGGER.info(f"{PREFIX}no eval_data: the only val split is the set's own. {ON_COMPOSITES}")
+        if RANK in {-1, 0}:
+            self._write_focusdd_yaml()
+
+    def _write_focusdd_yaml(self) -> None:
+        content = {
+            **dataclasses.asdict(self.options),
+            "teacher_sha256": self._teacher_sha256,
+            "set_manifest_sha256": self.source.manifest_sha256,
+            "annotations": str(self.annotations) if self.annotations else None,
+            "versions": {
+                "focusdd_det": __version__,
+                "ultralytics": ultralytics.__version__,
+                "torch": str(torch.__version__),
+            },
+        }
+        note = "# Options and versions of this run that args.yaml (stock Ultralytics) has no place for.\n"
+        text = note + yaml.safe_dump(content, sort_keys=False)
+        write_atomic(Path(self.save_dir) / "focusdd.yaml", text.encode())
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ultralytics' own, then the teacher's heads on exactly the pictures that the student will see."""
+        batch = super().preprocess_batch(batch)
+        if self.teacher is not None:
+            batch[TEACHER_KEY] = self.teacher.heads(batch["img"])
+        if self._resumed_step is not None:
+            # Ultralytics counts accumulated batches from -1 after a resume; shift its threshold to the true count.
+            self._nominal = self.accumulate
+            self.accumulate += self._resumed_step + 1
+        return batch
+
+    # ---- exact resume ----
+
+    def run_callbacks(self, event: str) -> None:
+        """Ultralytics' hook; also where the position inside an epoch is followed."""
+        if event == "on_train_epoch_start":
+            self._batch = -1
+            if self.train_loader.iterator is None:
+                self.train_loader.sampler.next_epoch = self.epoch
+            if self._state is not None:
+                self._continue_from(self._state)
+                self._state = None
+        elif event == "on_train_batch_start":
+            self._batch += 1
+            if self._nominal is not None:
+                self.accumulate, self._nominal = self._nominal, None
+        super().run_callbacks(event)
+
+    def optimizer_step(self) -> None:
+        """Ultralytics' own; remembers when."""
+        super().optimizer_step()
+        self._last_step = self._batch + len(self.train_loader) * self.epoch
+        if self._nominal is not None:
+            self.accumulate, self._nominal = self._nominal, None
+        self._resumed_step = None
+
+    def _close_dataloader_mosaic(self) -> None:
+        super()._close_dataloader_mosaic()
+        rewind(self.train_loader, self.epoch)
+
+    def _build_train_pipeline(self) -> None:
+        super()._build_train_pipeline()
+        self._forget_accumulation()
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        with safe_ultralytics():
+            recovering = bool(super()._handle_nan_recovery(epoch))
+        if recovering:
+            self._forget_accumulation()
+            rewind(self.train_loader, epoch)
+        return recovering
+
+    def _forget_accumulation(self) -> None:
+        self._last_step, self._resumed_step, self._nominal = -1, None, None
+
+    def save_model(self) -> bool:
+        """Stock last.pt and best.pt, each replaced whole; then what an exact resume needs beside them."""
+        saved = bool(super().save_model())
+        if saved and not self.stop:
+            counters = {
+                "epoch": self.epoch,
+                "batches": len(self.train_loader),
+                "batch_size": self.batch_size,
+                "seed": self.args.seed,
+                "last_step": self._last_step,
+                "ema_updates": self.ema.updates,
+                "scaler": self.scaler.state_dict(),
+                "best_fitness": _plain(self.best_fitness),
+                "stopper": {
+                    "best_fitness": _plain(self.stopper.best_fitness),
+                    "best_epoch": self.stopper.best_epoch,
+                    "possible_stop": bool(self.stopper.possible_stop),
+                },
+                ORIGIN_KEY: self.origin,
+            }
+            model = unwrap_model(self.model)
+            exact_resume.save(exact_resume.capture(model, self.ema.ema, self.optimizer, counters), Path(self.wdir))
+        return saved
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """From resume.safetensors if it belongs to this last.pt; else as Ultralytics does, saying so."""
+        if ckpt is None or not self.resume:
+            return
+        state = exact_resume.load(Path(self.args.resume).parent)
+        epoch = int(ckpt.get("epoch", -1))
+        # last.pt is written first, so after a kill between the two it is one epoch ahead; that epoch is run again.
+        if state is None or state.epoch not in (epoch, epoch - 1) or state.counters[ORIGIN_KEY] != self.origin:
+            LOGGER.warning(
+                f"{PREFIX}no matching {exact_resume.TENSORS} beside {self.args.resume}: resuming as Ultralytics "
+                "does, from half-precision weights. The result will not be exactly that of an unbroken run"
+            )
+            super().resume_training(ckpt)
+            return
+        super().resume_training({**ckpt, "epoch": state.epoch})
+        exact_resume.restore(state, unwrap_model(self.model), self.ema.ema, self.optimizer)
+        self.ema.updates = state.counters["ema_updates"]
+        if state.counters["scaler"]:
+            self.scaler.load_state_dict(state.counters["scaler"])
+        self.best_fitness = state.counters["best_fitness"]
+        self.stopper.__dict__.update(state.counters["stopper"])
+        self._state = state
+        _cut_results(self.csv, self.start_epoch)
+        LOGGER.info(f"{PREFIX}resuming exactly after epoch {self.start_epoch}")
+
+    def _continue_from(self, state: exact_resume.ResumeState) -> None:
+        exact_resume.restore_generators(state)
+        if state.counters["batches"] == len(self.train_loader):
+            exact_resume.restore_gradients(state, unwrap_model(self.model))
+            self._last_step = self._resumed_step = int(state.counters["last_step"])
+        else:
+            LOGGER.warning(f"{PREFIX}another batch size than before: not exactly the unbroken run")
+
+    # ---- validation and the end ----
+
+    def validate(self) -> tuple[dict[str, float], float | None]:
+        """Ultralytics' own on `eval_data`; without it nothing is measured on the training composites."""
+        if self.eval_source is None:
+            LOGGER.info(f"{PREFIX}val = images/train, {ON_COMPOSITES}")
+            return self.metrics or {}, None
+        metrics, fitness = super().validate()
+        return metrics, fitness
+
+    def progress_string(self) -> str:
+        """Ultralytics' header, with the KL names short enough for its columns."""
+        names = self.loss_names
+        self.loss_names = tuple(n.removesuffix("_loss") if n.startswith("kl_") else n for n in names)
+        try:
+            return str(super().progress_string())
+        finally:
+            self.loss_names = names
+
+    def save_metrics(self, metrics: dict[str, float]) -> None:
+        """A row of results.csv; columns that nothing measured are left out."""
+        if self.eval_source is None:
+            metrics = {k: v for k, v in metrics.items() if not k.startswith(("val/", "metrics/"))}
+        super().save_metrics(metrics)
+
+    def final_eval(self) -> None:
+        """Strip the checkpoints, validate best.pt on `eval_data`, and quote the official COCO mAP of last.pt."""
+        with torch_distributed_zero_first(LOCAL_RANK):
+            if RANK in {-1, 0} and Path(self.last).is_file():
+                results = _strip(self.last, None).get("train_results")
+                if Path(self.best).is_file():
+                    _strip(self.best, {"train_results": results})
+        if self.eval_source is not None and Path(self.best).is_file():
+            LOGGER.info(f"\nValidating {self.best} with Ultralytics' own mAP (selected on this very split)...")
+            self.validator.args.plots = self.args.plots
+            self.validator.args.compile = False
+            with safe_ultralytics():
+                self.metrics = self.validator(model=Path(self.best))
+            self.metrics.pop("fitness", None)
+            self.epoch += 1
+            self.run_callbacks("on_fit_epoch_end")
+            self.epoch -= 1
+        if RANK in {-1, 0}:
+            self._coco_eval()
+            exact_resume.remove(Path(self.wdir))
+
+    def _coco_eval(self) -> None:
+        if self.annotations is None:
+            if self.eval_source is not None:
+                LOGGER.info(f"{PREFIX}no annotations JSON for eval_data, so no COCO mAP; give eval_annotations=")
+            return
+        runs = {"last": "headline", "best": "selected on val"}
+        results = {}
+        for name, meaning in runs.items():
+            file = Path(self.wdir) / f"{name}.pt"
+            if file.is_file():
+                result = coco_eval.evaluate(
+                    file,
+                    self.annotations,
+                    self.data["val"],
+                    imgsz=self.args.imgsz,
+                    batch=self.batch_size * 2,
+                    device=str(self.device),
+                    covered=self.source.covered or None,
+                )
+                results[name] = {"meaning": meaning, **result.as_dict()}
+                LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
+        coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
+
+
+def _resumable_args(last: Path) -> dict[str, Any]:
+    """The arguments of the run that a last.pt belongs to; refuses a file that cannot be resumed."""
+    try:
+        checkpoint = safe_read(last)
+    except WeightsError as error:
+        others = [p.name for p in sorted(last.parent.glob("*.pt")) if p != last]
+        beside = f"model={last.parent / others[0]}" if others else "another checkpoint"
+        raise WeightsError(
+            f"cannot resume: {error}\nStart a new run from {beside}, or run the original command again"
+        ) from error
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if checkpoint.get("epoch", -1) < 0 or checkpoint.get("optimizer") is None or not isinstance(model, nn.Module):
+        raise WeightsError(
+            f"{last} is the checkpoint of a finished run (no optimizer in it), so there is nothing to resume; "
+            f"start a new run from it with model={last}"
+        )
+    args = checkpoint.get("train_args") or {}
+    return dict(args) if isinstance(args, Mapping) else vars(args)
+
+
+def _model_argument(model: Any, download: bool) -> str:
+    """A .pt that exists, or a YAML of a detector; never something that Ultralytics would fetch."""
+    if model is None:
+        raise ConfigError("model= is missing; e.g. model=yolo11n.yaml trains YOLO11n from scratch")
+    name = str(check_model_file_from_stem(str(model)))
+    if Path(name).suffix == ".pt":
+        return str(resolve_weights(name, download))
+    task = guess_model_task(name) if Path(name).suffix in (".yaml", ".yml") else "detect"
+    if task != "detect":
+        raise ConfigError(f"model={model} is a model for {task}; expected a detector such as yolo11n.yaml")
+    return name
+
+
+def _rename_classes(dataset: CleanDataset, names: dict[int, str], wanted: dict[int, str]) -> None:
+    """Class numbers of the evaluation data into the training data's, by name; other classes are dropped."""
+    index = {name: i for i, name in wanted.items()}
+    table = {i: index.get(name, -1) for i, name in names.items()}
+    for label in dataset.labels:
+        classes = label["cls"][:, 0].astype(int)
+        new = classes.copy()
+        for k, old in enumerate(classes):
+            new[k] = table[int(old)]
+        keep = new >= 0
+        label["cls"] = new[keep, None].astype(label["cls"].dtype)
+        label["bboxes"] = label["bboxes"][keep]
+        if label["segments"]:
+            label["segments"] = [s for s, k in zip(label["segments"], keep, strict=True) if k]
+
+
+def _check_count(dataset: CleanDataset, source: TrainData) -> None:
+    if len(dataset) == source.count and not dataset.missing_labels:
+        return
+    told = "\n  ".join(dataset.dropped[:5]) or "images without a label file"
+    raise VerifyError(
+        f"{source.folder}: the manifest lists {source.count} composites, but Ultralytics keeps {len(dataset)} "
+        f"images ({dataset.missing_labels} without labels).\n  {told}\nThe set is damaged or was edited; build it again"
+    )
+
+
+@contextlib.contextmanager
+def _local_amp_check() -> Iterator[None]:
+    """Ultralytics checks mixed precision with a model that it downloads; this checks with the student."""
+    before = engine.check_amp
+    engine.check_amp = amp_is_sound
+    try:
+        yield
+    finally:
+        engine.check_amp = before
+
+
+@torch.no_grad()
+def amp_is_sound(model: nn.Module) -> bool:
+    """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cuda":
+        return False
+    training = model.training
+    model.eval()
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    x = torch.rand(2, 3, 256, 256, device=parameter.device, generator=generator)
+    full = model(x)[0].float()
+    with torch.autocast("cuda", dtype=torch.float16):
+        half = model(x)[0].float()
+    model.train(training)
+    sound = bool(torch.isfinite(half).all()) and torch.allclose(full[:, 4:], half[:, 4:], atol=0.05)
+    if not sound:
+        LOGGER.warning(f"{PREFIX}mixed precision is not sound on this GPU; training in float32")
+    return sound
+
+
+def _strip(file: Path, updates: dict[str, Any] | None) -> dict[str, Any]:
+    """Ultralytics' strip_optimizer, replacing the file whole."""
+    temporary = Path(file).with_name(f".{file.name}.tmp.pt")
+    shutil.copyfile(file, temporary)
+    stripped: dict[str, Any] = strip_optimizer(temporary, updates=updates)
+    if stripped:
+        temporary.replace(file)
+    temporary.unlink(missing_ok=True)
+    return stripped
+
+
+def _cut_results(csv: Path, epochs: int) -> None:
+    """Drop rows of epochs that will be run again."""
+    if not csv.is_file():
+        return
+    head, *rows = csv.read_text(encoding="utf-8").splitlines()
+    kept = [row for row in rows if row.strip() and float(row.split(",")[0]) <= epochs]
+    write_atomic(csv, ("\n".join([head, *kept]) + "\n").encode())
+
+
+def _plain(value: Any) -> float | None:
+    return None if value is None else float(value)
