@@ -1,7 +1,7 @@
 """FocusDD for object detection: the smallest training set that still trains a good detector.
 
-    class folders -> ViT scores every picture -> best windows + a few whole pictures -> 2x2 composites
-                  -> teacher YOLO labels them -> student YOLO trained from scratch with KL -> COCO mAP
+class folders -> ViT scores every picture -> best windows + a few whole pictures -> 2x2 composites
+              -> teacher YOLO labels them -> student YOLO trained from scratch with KL -> COCO mAP
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 # This package declares everything it needs; Ultralytics must not run pip in the middle of somebody's training.
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 
-from focusdd_det._torchvision_cpu import ensure_torchvision  # noqa: E402
+from focusdd_det._torchvision_cpu import ensure_torchvision
 
 ensure_torchvision()  # before timm and ultralytics, which both import torchvision
 

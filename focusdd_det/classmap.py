@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,6 @@ from focusdd_det.config import cfg_dir, read_yaml, suggest
 from focusdd_det.errors import DataError
 
 LEVELS = ("exact", "strong", "near")
-_SYNSET = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
     problems: list[str] = []
     order: dict[int, str] = {}
     rank: dict[str, tuple[int, str]] = {}
+    undecided: set[str] = set()  # near to two classes: a picture of it could be either, so it stands for none
     known = set(imagenet_synsets())
     for name, entry in content.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("coco_id"), int):
@@ -95,22 +94,30 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
             problems.append(f"`{name}` has the coco_id of `{order[entry['coco_id']]}`")
         order[entry["coco_id"]] = str(name)
         unknown_keys = set(entry) - {"coco_id", "status", "note", *LEVELS}
-        problems += [f"`{name}`: unknown key `{key}`{suggest(str(key), LEVELS)}" for key in sorted(map(str, unknown_keys))]
+        problems += [
+            f"`{name}`: unknown key `{key}`{suggest(str(key), LEVELS)}" for key in sorted(map(str, unknown_keys))
+        ]
         for level in (level for level in LEVELS if level in levels):
             for item in entry.get(level) or []:
                 folder = str(next(iter(item))) if isinstance(item, dict) and item else str(item)
                 if folder not in known:
                     problems.append(
-                        f"`{name}`: `{folder}` is not an ImageNet-1K synset{suggest(folder, sorted(known)) if _SYNSET.match(folder) else ''}"
+                        f"`{name}`: `{folder}` is not an ImageNet-1K synset{suggest(folder, sorted(known))}"
                     )
                     continue
                 place = (LEVELS.index(level), str(name))
                 if folder in rank and rank[folder][0] == place[0] and rank[folder][1] != place[1]:
-                    problems.append(f"`{folder}` is {level} in `{rank[folder][1]}` and in `{name}`: choose one")
+                    if level == "near":
+                        undecided.add(folder)
+                    else:
+                        problems.append(f"`{folder}` is {level} in `{rank[folder][1]}` and in `{name}`: choose one")
                 rank[folder] = min(rank.get(folder, place), place)
     if sorted(order) != list(range(len(order))):
         problems.append(f"coco_id must run from 0 to {len(order) - 1} without gaps")
     _report(path, problems)
+    rank = {
+        folder: place for folder, place in rank.items() if folder not in undecided or place[0] < LEVELS.index("near")
+    }
     return ClassMap(
         names=tuple(order[i] for i in sorted(order)),
         folders={folder: name for folder, (_, name) in rank.items()},
@@ -145,7 +152,9 @@ def _plain(path: Path, content: dict[str, Any]) -> ClassMap:
         raise DataError(f"{path}: `names` must be a list of class names")
     names = tuple(str(name) for name in names)
     folders = content.get("folders", {name: name for name in names})
-    problems = [f"unknown key `{key}`{suggest(str(key), ['names', 'folders'])}" for key in set(content) - {"names", "folders"}]
+    problems = [
+        f"unknown key `{key}`{suggest(str(key), ['names', 'folders'])}" for key in set(content) - {"names", "folders"}
+    ]
     if len(set(names)) != len(names):
         problems.append("`names` has a class twice")
     if not isinstance(folders, dict):

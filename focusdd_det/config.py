@@ -182,7 +182,9 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
         key = aliases.get(key, key)
         if not equals:
             if not dashed:
-                raise ConfigError(f"cannot read `{token}`; expected key=value or --key value{suggest(key, list(fields))}")
+                raise ConfigError(
+                    f"cannot read `{token}`; expected key=value or --key value{suggest(key, list(fields))}"
+                )
             if fields.get(key) in (bool, "bool") and (not tokens or tokens[0].lower() not in ("true", "false")):
                 value = "true"
             elif tokens and not tokens[0].startswith("--"):
@@ -195,9 +197,7 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
     return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
 
-def load(
-    cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = ""
-) -> T:
+def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = "") -> T:
     """A config dataclass from the shipped YAML, then `file`, then `overrides`; the later one wins.
 
     Args:
@@ -282,7 +282,9 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, bool):
             value = str(value).lower()
         if value not in choices:
-            raise ValueError(f"expected one of {', '.join(map(str, choices))}{suggest(str(value), [str(c) for c in choices])}")
+            raise ValueError(
+                f"expected one of {', '.join(map(str, choices))}{suggest(str(value), [str(c) for c in choices])}"
+            )
         return value
     if origin is tuple:
         if isinstance(value, str):

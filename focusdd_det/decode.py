@@ -1,7 +1,7 @@
 """Bytes of a picture file -> pixels, or a stated reason why not.
 
-JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size. Everything that OpenCV reads
-differently from what people see (CMYK, palettes, alpha, 16 bits, half a file) goes through Pillow.
+JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size. Everything that OpenCV
+reads differently from what people see (CMYK, palettes, alpha, 16 bits, half a file) goes through Pillow.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ class ClassTokenRows:
 def combine(rows: Sequence[Tensor], how: str) -> Tensor:
     """Per-block attention rows -> one map.
 
-    `gca` (LF-ViT): over the blocks from a quarter of the depth on, A <- 0.99 A + 0.01 row, from 0. `last`: the last block.
-    `mean`: the mean of all blocks. All: mean over heads.
+    `gca` (LF-ViT): over the blocks from a quarter of the depth on, A <- 0.99 A + 0.01 row, from 0. `last`: the last
+    block. `mean`: the mean of all blocks. All: mean over heads.
 
     Args:
         rows: for each block [B, heads, N] float, at least 0.
@@ -196,7 +196,8 @@ def load_selector(
     if classes is None:
         if model.num_classes != len(imagenet_synsets()):
             raise WeightsError(
-                f"selector={name} has {model.num_classes} classes, expected ImageNet-1K's 1000; give a .json with `classes`"
+                f"selector={name} has {model.num_classes} classes, expected ImageNet-1K's 1000; "
+                "give a .json with `classes`"
             )
         classes = imagenet_synsets()
     model.eval().requires_grad_(False)
@@ -221,8 +222,8 @@ def load_selector(
 def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a checkpoint with timm's key names, and whether it was an LF-ViT (or CF-ViT) one.
 
-    LF-ViT keeps two position embeddings (`pos_embed_list.0` for the coarse 112 px stage) and a `reuse_block` for its second
-    stage: the first becomes `pos_embed`, the rest is left out.
+    LF-ViT keeps two position embeddings (`pos_embed_list.0` for the coarse 112 px stage) and a `reuse_block` for its
+    second stage: the first becomes `pos_embed`, the rest is left out.
 
     Raises:
         WeightsError: missing, damaged, not tensors, or a pickle that would run code.
@@ -285,7 +286,9 @@ def _check_vit(name: str, model: nn.Module) -> None:
     elif not all(hasattr(getattr(block, "attn", None), "attn_drop") for block in model.blocks):  # type: ignore[union-attr]
         problems.append("its blocks have no attention that can be read")
     if problems:
-        raise WeightsError(f"selector={name}: {problems[0]}; choose e.g. deit_small_patch16_224 or vit_small_patch16_224")
+        raise WeightsError(
+            f"selector={name}: {problems[0]}; choose e.g. deit_small_patch16_224 or vit_small_patch16_224"
+        )
 
 
 def _load_state(model: Any, state: dict[str, Tensor], path: Path) -> None:

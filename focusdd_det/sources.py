@@ -1,8 +1,8 @@
 """Class folders and tar archives -> a stream of sources.
 
-A root is a folder of class folders (ImageNet's train/<synset>/*.JPEG), a folder of <synset>.tar archives, or one tar that
-holds either. Archives are read in place, never unpacked. The order of the stream is of no consequence to what is built,
-so that nothing has to be held or sorted: memory does not grow with the number of files.
+A root is a folder of class folders (ImageNet's train/<synset>/*.JPEG), a folder of <synset>.tar archives, or one tar
+that holds either. Archives are read in place, never unpacked. The order of the stream is of no consequence to what is
+built, so nothing has to be held or sorted: memory does not grow with the number of files.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def folder_names(root: Root) -> set[str]:
         raise DataError(
             f"cannot read source folder {root.path}: {error.strerror}; expected class folders such as n01440764/*.JPEG"
         ) from error
-    return {
-        entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")
-    }
+    return {entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")}
 
 
 def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Located]:
@@ -174,7 +172,9 @@ def _stream_inner(
                     yield found
                 archive.members = []
     except tarfile.TarError as error:
-        raise DataError(f"{file}: member {outer.name} is not a plain tar ({error}); expected one tar a class") from error
+        raise DataError(
+            f"{file}: member {outer.name} is not a plain tar ({error}); expected one tar a class"
+        ) from error
 
 
 def _member(
@@ -198,7 +198,9 @@ def _member(
         problem = "its path in the archive leads outside"
     elif not member.isreg():
         problem = "not a regular file in the archive"
-    source = Source(root.name, prefix + member.name.encode("utf-8", "backslashreplace").decode(), folder, root.folders[folder])
+    source = Source(
+        root.name, prefix + member.name.encode("utf-8", "backslashreplace").decode(), folder, root.folders[folder]
+    )
     return Located(source, file, member.size, mtime, base + member.offset_data, problem)
 
 

@@ -31,7 +31,7 @@ def best_windows(attention: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if attention.ndim != 3 or attention.shape[1] != attention.shape[2]:
         raise ValueError(f"expected attention [B, g, g], got {tuple(attention.shape)}")
-    batch, grid, _ = attention.shape
+    grid = attention.shape[1]
     if not 1 <= k <= grid:
         raise ValueError(f"expected a window side of 1 to {grid}, got {k}")
     attention = attention.double()
@@ -66,8 +66,9 @@ def view_of(width: int, height: int, geometry: str) -> View:
 def key_crop(view: View, corner: tuple[int, int], k: int, grid: int, mode: str = "window", fixed: int = 0) -> Crop:
     """The square of the original that a key window stands for (Eq. 6, 7).
 
-    Centre: x = (column + k/2) / g * extent_x + offset_x, and y alike. Side: `window` round(k/g * min(W, H)); `cover` the
-    smallest square that holds the mapped window, at most min(W, H); `fixed` min(fixed, W, H). Shifted inside at a border.
+    Centre: x = (column + k/2) / g * extent_x + offset_x, and y alike. Side: `window` round(k/g * min(W, H)); `cover`
+    the smallest square that holds the mapped window, at most min(W, H); `fixed` min(fixed, W, H). Shifted inside at a
+    border.
 
     Args:
         view: the ViT's square in the original.

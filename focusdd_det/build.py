@@ -1,0 +1,371 @@
+"""The whole build: plan, look at every source, choose, compose, label, write; resumable at any point.
+
+result = build(load_config(sources=["imagenet/train"], ipc=50, out="datasets/focusdd"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from focusdd_det import detset
+from focusdd_det.composites import Bench, compose_all
+from focusdd_det.config import BuildConfig, as_plain, load
+from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
+from focusdd_det.methods import Method
+from focusdd_det.plan import Plan, make_plan, method_of
+from focusdd_det.report import card, contact_sheet
+from focusdd_det.scores import ScoreStore, score_all
+from focusdd_det.selector import Selector, load_selector
+from focusdd_det.teacher import Detector, load_detector
+
+log = logging.getLogger("focusdd")
+
+# Keys that say where or how fast, not what; every other key is part of what determines the bytes.
+MACHINE_KEYS = (
+    "sources", "out", "device", "workers", "threads", "scores", "grow_from", "overwrite", "download",
+    "selector_weights", "teacher", "class_map",
+)  # fmt: skip
+PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
+_BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build made.
+
+    Attributes:
+        folder: the set.
+        composites: how many it holds.
+        covered: classes of the set with at least one composite, in order.
+        seconds: time by phase.
+    """
+
+    folder: Path
+    composites: int
+    covered: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def load_config(file: Path | None = None, **overrides: Any) -> BuildConfig:
+    """A BuildConfig from cfg/build_det.yaml, a file of your own and overrides, the later one winning."""
+    return load(BuildConfig, "build_det.yaml", overrides, file, "the build's configuration")
+
+
+def build(config: BuildConfig, resume: bool = False) -> BuildResult:
+    """Build a distilled detection set at `config.out`.
+
+    A build that was stopped goes on where it was when the same config is given again. What it writes before it is
+    complete lies in `<out>.incomplete/`. Nothing else is written, and no source is changed.
+
+    Args:
+        resume: fail unless there is something to go on with.
+
+    Raises:
+        ConfigError, DataError, WeightsError, DiskError, VerifyError: see errors.py for the exit codes.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)
+    log.info("%s", plan.table())
+    out = Path(config.out)
+    work = out.with_name(out.name + detset.INCOMPLETE)
+    detset.refuse_overlap(out, [root.path for root in plan.roots])
+    if config.scores:
+        detset.refuse_overlap(Path(config.scores), [root.path for root in plan.roots])
+    if resume and not work.is_dir() and not out.is_dir():
+        raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
+    method = method_of(config)
+    detector = load_detector(config.teacher, _device(config), plan.class_map.names, config.download)
+    selector = _selector(config, method)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    identity = _identity(config, plan, selector, detector)
+    if _already_there(out, work, identity, config, resume):
+        return _result(out, plan, {"all": time.monotonic() - started})
+    _start(work, identity, config)
+    seconds = {"plan": time.monotonic() - started}
+    with detset.locked(work):
+        if config.grow_from:
+            _grow(Path(config.grow_from), work, identity)
+        _require_space(work, plan, config)
+        store = ScoreStore(Path(config.scores) if config.scores else work / "scores.sqlite")
+        try:
+            with _phase(seconds, "score"):
+                _score(config, plan, store, selector)
+            with _phase(seconds, "compose"):
+                made = compose_all(Bench(config, plan, method, store, selector, detector, work, _workers(config)))
+            with _phase(seconds, "finish"):
+                quarantined, counts = list(store.quarantined()), store.counts()
+        finally:
+            store.close()
+        _finish(work, config, plan, identity, quarantined, counts, seconds)
+    _publish(work, out, config)
+    log.info("%s: %d composites", out, sum(made.values()))
+    return _result(out, plan, seconds)
+
+
+# --- before the work
+
+
+def _identity(config: BuildConfig, plan: Plan, selector: Selector | None, detector: Detector) -> dict[str, Any]:
+    """build.yaml: what determines the bytes of the set."""
+    settings = {key: value for key, value in as_plain(config).items() if key not in MACHINE_KEYS}
+    return {
+        "format": "focusdd_det set",
+        "format_version": 1,
+        "config": settings,
+        "classes": list(plan.class_map.names),
+        "maps": plan.map_sha256,
+        "selector": None
+        if selector is None
+        else {
+            "name": Path(config.selector).name,
+            "sha256": selector.sha256,
+            "view": selector.view,
+            "grid": selector.grid,
+        },
+        "teacher": {"name": Path(config.teacher).name, "sha256": detector.sha256},
+        "versions": {"focusdd_det": version("focusdd_det"), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The keys in which two build.yaml contents differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}, key=str):
+            found += differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        return found
+    return [] if old == new else [f"{prefix[:-1]}: {old!r} there, {new!r} asked for"]
+
+
+def _already_there(out: Path, work: Path, identity: dict[str, Any], config: BuildConfig, resume: bool) -> bool:
+    """Whether the set is there, whole. Refuses what must not be touched; reopens a damaged set to repair it."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not detset.is_ours(out) and not detset.seals(out, "build.yaml", _identity_bytes(identity)):
+            raise DiskError(
+                f"{out} exists and is not a set of this program; nothing is done to it. Choose another `out`"
+            )
+        changed = differences(_read_identity(out), identity)
+        if not changed or detset.seals(out, "build.yaml", _identity_bytes(identity)):
+            problems = detset.verify(out)
+            if not problems:
+                log.info("%s is there already, complete and intact: nothing to do", out)
+                return True
+            if not config.overwrite:
+                listed = "\n  ".join(problems[:20])
+                if not resume:
+                    raise VerifyError(
+                        f"{out} is there but damaged:\n  {listed}\nThe same command with --resume repairs it"
+                    )
+                log.warning("%s is damaged and will be repaired:\n  %s", out, listed)
+                _reopen(out, work, identity)
+        elif not config.overwrite:
+            raise ConfigError(_refusal(f"{out} holds another set", changed))
+    if work.exists():
+        if not detset.is_ours(work) and any(path.name != ".lock" for path in work.iterdir()):
+            raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
+        changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
+        if changed and config.overwrite:
+            detset.remove_ours(work)
+        elif changed:
+            raise ConfigError(_refusal(f"{work} was begun with another configuration", changed))
+    return False
+
+
+def _refusal(what: str, changed: Sequence[str]) -> str:
+    listed = "\n  ".join(changed[:20])
+    return (
+        f"{what}:\n  {listed}\nGive the same one to go on, another `out` to begin anew, or overwrite=true to replace it"
+    )
+
+
+def _reopen(out: Path, work: Path, identity: dict[str, Any]) -> None:
+    """Turn a damaged set back into one that is being built; what is not part of it is moved aside, never deleted."""
+    if work.exists():
+        raise DiskError(f"both {out} and {work} exist; move one of them away")
+    detset.set_strays_aside(out, out.with_name(out.name + ".strays"))
+    out.replace(work)
+    (work / "COMPLETE").unlink(missing_ok=True)
+    detset.write_atomic(work / "build.yaml", _identity_bytes(identity))
+
+
+def _identity_bytes(identity: dict[str, Any]) -> bytes:
+    note = "# what determines the bytes of this set; written by focusdd_det\n"
+    return (note + yaml.safe_dump(identity, sort_keys=False)).encode()
+
+
+def _read_identity(folder: Path) -> Any:
+    try:
+        return yaml.safe_load((folder / "build.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+
+
+def _start(work: Path, identity: dict[str, Any], config: BuildConfig) -> None:
+    try:
+        for part in detset.PARTS:
+            (work / part / "train").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
+    detset.write_atomic(work / "build.yaml", _identity_bytes(identity))
+
+
+def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
+    """Take the composites of a complete smaller set over, byte for byte; the build then goes on behind them."""
+    problems = detset.verify(source)
+    if problems:
+        raise VerifyError(f"grow_from={source} is not an intact set:\n  " + "\n  ".join(problems[:10]))
+    smaller = _read_identity(source)
+    changed = [line for line in differences(smaller, identity) if not line.startswith("config.ipc:")]
+    if changed or smaller["config"]["ipc"] > identity["config"]["ipc"]:
+        listed = "\n  ".join(changed or differences(smaller, identity))
+        raise ConfigError(f"grow_from={source}: only a larger ipc may differ, but:\n  {listed}")
+    if identity["config"]["selection"] != "grow":
+        raise ConfigError("grow_from: selection=paper depends on the ipc and cannot be grown; use selection=grow")
+    have = {item.id for item in detset.read_manifest(work, tolerant=True)}
+    for item in detset.read_manifest(source):
+        if item.id not in have:
+            for part in detset.PARTS:
+                detset.write_atomic(
+                    detset.part_path(work, part, item.id), detset.part_path(source, part, item.id).read_bytes()
+                )
+            detset.append(work, item)
+
+
+def _require_space(work: Path, plan: Plan, config: BuildConfig) -> None:
+    need = int(plan.composites * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * 400)
+    have = shutil.disk_usage(work).free
+    if have < need:
+        raise DiskError(
+            f"{work}: {have / 1e9:.2f} GB free, about {need / 1e9:.2f} GB needed; "
+            "free some space or choose another `out`"
+        )
+
+
+# --- the ViT's part
+
+
+def _selector(config: BuildConfig, method: Method) -> Selector | None:
+    if not method.needs_selector:
+        return None
+    return load_selector(
+        config.selector, config.selector_weights, config.view, config.attention, config.precision, _device(config),
+        config.download,
+    )  # fmt: skip
+
+
+def _score(config: BuildConfig, plan: Plan, store: ScoreStore, selector: Selector | None) -> None:
+    columns = _columns(config, plan, selector)
+    blind = [group.name for group in plan.groups if selector and not columns[group.name]]
+    if blind and config.confidence == "true":
+        log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
+    with tqdm(total=plan.sources, desc="looking at sources", unit="img", smoothing=0.05, disable=None) as bar:
+        score_all(plan.stream(), store, selector, columns, config, _workers(config), bar.update)
+
+
+def _columns(config: BuildConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
+    """Class -> outputs of the ViT that stand for it: those of its folders and of the class map's synsets."""
+    position = {name: i for i, name in enumerate(selector.classes)} if selector else {}
+    columns = {}
+    for group in plan.groups:
+        names = set(group.folders)
+        if config.ipc_unit == "coco":
+            names |= set(plan.class_map.folders_of(group.class_name)) | {group.class_name}
+        columns[group.name] = tuple(sorted(position[name] for name in names if name in position))
+    return columns
+
+
+# --- after the work
+
+
+def _finish(
+    work: Path,
+    config: BuildConfig,
+    plan: Plan,
+    identity: dict[str, Any],
+    quarantined: Sequence[tuple[str, str, str]],
+    counts: dict[str, tuple[int, int]],
+    seconds: dict[str, float],
+) -> None:
+    """Put the manifest in plan order, write what describes the set, seal it."""
+    place = {group.name: i for i, group in enumerate(plan.groups)}
+    ready = {item.id: item for item in detset.read_manifest(work, tolerant=True)}
+    items = sorted(ready.values(), key=lambda item: (place[item.group], item.index))
+    if not items:
+        raise DataError(
+            "no composite was made: the teacher found nothing in any of them. Look at the sources, lower conf, "
+            "or keep empty composites with empty=keep"
+        )
+    detset.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
+    detset.sweep(work, {item.id for item in items})
+    detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names))
+    detset.write_atomic(work / "README.md", card(items, plan, identity, counts).encode())
+    lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
+    detset.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
+    detset.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))
+    build_log = {
+        "command": sys.argv,
+        "sources": {root.name: str(root.path) for root in plan.roots},
+        "settings": {key: value for key, value in as_plain(config).items() if key in MACHINE_KEYS},
+        "torch_threads": torch.get_num_threads(),
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": _device(config)},
+        "seconds": {key: round(value, 2) for key, value in seconds.items()},
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    detset.write_atomic(work / "build.log.json", (json.dumps(build_log, indent=1, sort_keys=True) + "\n").encode())
+    if not config.scores:
+        (work / "scores.sqlite").unlink(missing_ok=True)
+    detset.write_atomic(work / "COMPLETE", detset.seal(work))
+    (work / ".lock").unlink(missing_ok=True)
+
+
+def _publish(work: Path, out: Path, config: BuildConfig) -> None:
+    """`<out>.incomplete` becomes `out`; an older set makes room only now that the new one is whole."""
+    try:
+        if out.exists() and any(out.iterdir()):
+            if not config.overwrite:
+                raise DiskError(f"{out} appeared while the set was built; the new set is complete in {work}")
+            detset.remove_ours(out)
+        work.replace(out)
+    except OSError as error:
+        raise DiskError(f"the set is complete in {work} but cannot be renamed to {out}: {error.strerror}") from error
+
+
+def _result(out: Path, plan: Plan, seconds: dict[str, float]) -> BuildResult:
+    items = list(detset.read_manifest(out))
+    have = {item.class_name for item in items}
+    covered = tuple(name for name in plan.class_map.names if name in have)
+    return BuildResult(out, len(items), covered, seconds)
+
+
+@contextlib.contextmanager
+def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
+
+
+def _device(config: BuildConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _workers(config: BuildConfig) -> int:
+    return config.workers or os.cpu_count() or 1

@@ -1,0 +1,198 @@
+"""`focusdd`: one command a stage, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from focusdd_det import __version__
+from focusdd_det.config import BuildConfig, describe, load, parse_tokens
+from focusdd_det.errors import ConfigError, FocusDDError, VerifyError
+
+log = logging.getLogger("focusdd")
+
+Command = Callable[[Sequence[str]], "int | None"]
+
+USAGE = """focusdd: the smallest training set that still trains a good detector
+
+  focusdd build --source imagenet/train --ipc 50 --out datasets/focusdd     photographs -> distilled set
+  focusdd detect train model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100
+  focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
+  focusdd verify datasets/focusdd                                           is the set what its manifest says?
+  focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+
+`focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
+Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
+6 verification failed, 130 interrupted (the same command goes on)."""
+
+BUILD_USAGE = """Build a distilled detection set from class folders.
+
+  python tools/build_det_set.py --source imagenet/train --ipc 50
+  python tools/build_det_set.py --source imagenet/train --source my_giraffes::my_map.yaml --ipc 10 --out datasets/small
+  python tools/build_det_set.py --source imagenet/train --ipc 50 --dry-run     what would be built, and from what
+  python tools/build_det_set.py --source imagenet/train --ipc 50 --resume      only go on with a build (or repair a set)
+  focusdd build config=my.yaml method=random
+
+Every key of the list below as `key=value` or `--key value`. The same command goes on where it was stopped.
+--dry-run, --resume, --help.
+"""
+
+
+def run_main(command: Command, argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors of ours are one message, others a traceback (exit code 1)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not logging.getLogger("focusdd").handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(command(argv) or 0)
+    except FocusDDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        line = shlex.join([Path(sys.argv[0]).name if "focusdd" in sys.argv[0] else f"python {sys.argv[0]}", *argv])
+        print(f"\ninterrupted; what is done is kept. To go on: {line.replace(chr(39), '', 2)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `focusdd ... | head` is no error
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("unexpected error: this is a bug of focusdd_det; please report the lines above", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def build_command(argv: Sequence[str]) -> int:
+    """`focusdd build`, tools/build_det_set.py."""
+    if _wants_help(argv):
+        print(BUILD_USAGE + "\n" + describe("build_det.yaml"))
+        return 0
+    hints = get_type_hints(BuildConfig)
+    extra = {"dry_run": bool, "resume": bool, "config": str}
+    overrides = parse_tokens(argv, {**hints, **extra}, {"source": "sources", "class": "classes"})
+    dry_run, resume = (_flag(overrides, key) for key in ("dry_run", "resume"))
+    file = overrides.pop("config", None)
+    config = load(BuildConfig, "build_det.yaml", overrides, Path(str(file)) if file else None, "the command")
+    if dry_run:
+        from focusdd_det.plan import make_plan
+
+        print(make_plan(config).table())
+        return 0
+    from focusdd_det.build import build
+
+    result = build(config, resume=resume)
+    print(f"{result.folder}: {result.composites} composites, {len(result.covered)} classes covered")
+    print(
+        f"next: python tools/train_det.py model=yolo11n.yaml data={result.folder} teacher={config.teacher} epochs=100"
+    )
+    return 0
+
+
+def verify_command(argv: Sequence[str]) -> int:
+    """`focusdd verify <set>`."""
+    if _wants_help(argv) or len(argv) != 1:
+        print(
+            "focusdd verify SET: check every file of a distilled set against its manifest; exit code 6 if one differs"
+        )
+        if not _wants_help(argv):
+            raise ConfigError(f"verify takes one folder, got {len(argv)}")
+        return 0
+    from focusdd_det.detset import read_manifest, verify
+
+    folder = Path(argv[0])
+    problems = verify(folder)
+    if problems:
+        raise VerifyError(f"{folder} is not intact:\n  " + "\n  ".join(problems))
+    print(f"{folder}: {sum(1 for _ in read_manifest(folder))} composites, intact")
+    return 0
+
+
+def sheet_command(argv: Sequence[str]) -> int:
+    """`focusdd sheet <set>`."""
+    hints = {"out": str, "count": int, "columns": int}
+    if _wants_help(argv) or not argv:
+        print(
+            "focusdd sheet SET [out=sheet.jpg] [count=36] [columns=6]: a contact sheet of composites with their boxes"
+        )
+        return 0
+    options = parse_tokens(argv[1:], hints, {})
+    if set(options) - set(hints):
+        raise ConfigError(f"sheet: unknown option {sorted(set(options) - set(hints))}; expected out, count, columns")
+    from focusdd_det.detset import read_data_yaml, read_manifest, write_atomic
+    from focusdd_det.report import contact_sheet
+
+    folder = Path(argv[0])
+    out = Path(str(options.get("out", "contact_sheet.jpg")))
+    items = list(read_manifest(folder))
+    data = contact_sheet(
+        folder, items, read_data_yaml(folder), int(options.get("columns", 6)), int(options.get("count", 36))
+    )
+    write_atomic(out, data)
+    print(out)
+    return 0
+
+
+def detect_command(argv: Sequence[str]) -> int | None:
+    """`focusdd detect train|val ...`."""
+    from focusdd_det import detect_cli
+
+    modes: dict[str, Command] = {"train": detect_cli.train, "val": detect_cli.val_coco}
+    if not argv or argv[0] not in modes:
+        raise ConfigError(f"focusdd detect: expected train or val, got {argv[0] if argv else 'nothing'}")
+    return modes[argv[0]](argv[1:])
+
+
+COMMANDS: dict[str, Command] = {
+    "build": build_command,
+    "detect": detect_command,
+    "verify": verify_command,
+    "sheet": sheet_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `focusdd` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if argv else 2
+    if argv[0] in ("--version", "version"):
+        print(__version__)
+        return 0
+    return run_main(_dispatch, argv)
+
+
+def _dispatch(argv: Sequence[str]) -> int | None:
+    from focusdd_det.config import suggest
+
+    if argv[0] not in COMMANDS:
+        raise ConfigError(f"no command `{argv[0]}`{suggest(argv[0], list(COMMANDS))}; there are {', '.join(COMMANDS)}")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(token in ("-h", "--help", "help") for token in argv)
+
+
+def _flag(overrides: dict[str, Any], key: str) -> bool:
+    value = overrides.pop(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value!r}: expected true or false")
+    return value
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

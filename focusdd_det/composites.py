@@ -1,0 +1,355 @@
+"""Chosen sources -> labelled composites in the set: cut, compose, ask the teacher, write.
+
+A composite in which the teacher finds nothing is replaced by the next candidates, so what comes next depends on what
+the teacher says. Each class is therefore a coroutine that yields pictures and is sent detections; several run at a time,
+so that the teacher's batches are full even with one composite a class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from focusdd_det import detset
+from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox
+from focusdd_det.config import BuildConfig
+from focusdd_det.decode import BadImage, decode
+from focusdd_det.detset import Cell, Item
+from focusdd_det.errors import VerifyError
+from focusdd_det.labels import carry, confirms, drop_slivers, join, rows
+from focusdd_det.methods import Method
+from focusdd_det.plan import Group, Plan
+from focusdd_det.scores import Row, ScoreStore
+from focusdd_det.seeds import seed_of
+from focusdd_det.select import Proposal, proposals
+from focusdd_det.selector import Selector
+from focusdd_det.sources import Root, locate
+from focusdd_det.teacher import Detector
+from focusdd_det.types import Crop, Detections, Image
+from focusdd_det.windows import middle_square, view_of
+
+_REUSE_LIMIT = 20  # proposals per composite wanted, before `short_class: reuse` gives a class up
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that composites are made with."""
+
+    config: BuildConfig
+    plan: Plan
+    method: Method
+    store: ScoreStore
+    selector: Selector | None
+    detector: Detector
+    folder: Path
+    workers: int
+
+    @property
+    def roots(self) -> dict[str, Root]:
+        return {root.name: root for root in self.plan.roots}
+
+    @property
+    def n_key(self) -> int:
+        return self.config.grid**2 if self.method.all_keys else self.config.n_key
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A composite whose labels are still missing."""
+
+    proposal: int
+    seed: int
+    cells: tuple[Cell, ...]
+    jpeg: bytes
+    looks: tuple[Image, ...]  # what the teacher is shown: the composite, or its sources letterboxed
+    frames: tuple[tuple[float, int, int], ...]  # label_on=source: scale, left and top of each letterbox
+
+
+class _BadSourceError(Exception):
+    """A source that cannot be cut after all: its position in the candidates, and the reason."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
+        self.position = position
+
+
+_Class = Generator[list[Image], list[Detections], int]
+
+
+def compose_all(bench: Bench) -> dict[str, int]:
+    """All composites of all classes that the set in `bench.folder` does not hold yet.
+
+    Returns:
+        Class -> composites it has now.
+    """
+    config = bench.config
+    done = {(item.group, item.proposal): item for item in detset.read_manifest(bench.folder, tolerant=True)}
+    made: dict[str, int] = {}
+    waiting = iter(bench.plan.groups)
+    active: list[tuple[Group, _Class, list[Image]]] = []
+    with (
+        ThreadPoolExecutor(bench.workers, thread_name_prefix="cut") as pool,
+        tqdm(total=bench.plan.composites, desc="composites", unit="img", disable=None) as bar,
+    ):
+
+        def advance(group: Group, work: _Class, answer: list[Detections] | None) -> None:
+            try:
+                active.append((group, work, next(work) if answer is None else work.send(answer)))
+            except StopIteration as stop:
+                made[group.name] = stop.value
+
+        while True:
+            while sum(len(looks) for _, _, looks in active) < config.teacher_batch:
+                group = next(waiting, None)
+                if group is None:
+                    break
+                advance(group, _one_class(bench, group, done, pool, bar), None)
+            if not active:
+                return made
+            turn, active[:] = list(active), []
+            found = _ask(bench, [look for _, _, looks in turn for look in looks])
+            for group, work, looks in turn:
+                answer, found = found[: len(looks)], found[len(looks) :]
+                advance(group, work, answer)
+
+
+def _one_class(
+    bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any
+) -> _Class:
+    """The composites of one class, in order; returns how many there are."""
+    config, method = bench.config, bench.method
+    candidates = bench.store.candidates(group.name, config.alpha)
+    order = method.order(candidates, config, group.name)
+    backgrounds = method.backgrounds(candidates, config, group.name)
+    banned: set[int] = set()
+
+    def proposed(start: int) -> Iterator[Proposal]:
+        reserved = bench.n_key * group.ipc if config.selection == "paper" else 0
+        reuse = config.short_class == "reuse"
+        every = proposals(
+            order, backgrounds, candidates.phash, bench.n_key, config.grid**2 - bench.n_key, config.near_duplicate,
+            banned, reserved, reuse,
+        )  # fmt: skip
+        return islice(every, start, _REUSE_LIMIT * group.ipc if reuse else None)
+
+    stream, index = proposed(0), 0
+    while index < group.ipc:
+        batch = list(islice(stream, min(group.ipc - index, config.teacher_batch)))
+        if not batch:
+            break
+        try:
+            drafts = _drafts(bench, group, batch, candidates.ids, done, pool)
+        except _BadSourceError as error:
+            banned.add(error.position)
+            bench.store.reject(int(candidates.ids[error.position]), str(error))
+            stream = proposed(batch[0].number)  # what came before did not use it, so it stays as it was
+            continue
+        looks = [look for draft in drafts if isinstance(draft, _Draft) for look in draft.looks]
+        found = (yield looks) if looks else []
+        for draft in drafts:
+            if isinstance(draft, Item):
+                if draft.index != index:
+                    raise VerifyError(
+                        f"{bench.folder}: {draft.id} was made as number {draft.index} and is number {index} now; the "
+                        "build was begun on a machine that computes differently. Begin anew with overwrite=true"
+                    )
+                index += 1
+                bar.update(1)
+                continue
+            mine, found = found[: len(draft.looks)], found[len(draft.looks) :]
+            if _write(bench, group, draft, mine, index):
+                index += 1
+                bar.update(1)
+    bar.total -= group.ipc - index
+    bar.refresh()
+    return index
+
+
+def _drafts(
+    bench: Bench,
+    group: Group,
+    batch: list[Proposal],
+    ids: np.ndarray,
+    done: dict[tuple[str, int], Item],
+    pool: ThreadPoolExecutor,
+) -> list[_Draft | Item]:
+    """Pixels for each proposal, cut in threads; an Item where an earlier run has finished it."""
+    jobs: list[Item | Future[_Draft]] = []
+    for proposal in batch:
+        positions = (*proposal.keys, *proposal.backgrounds)
+        sources = [bench.store.row(int(ids[position])) for position in positions]
+        seed = seed_of("composite", bench.config.seed, group.name, proposal.number)
+        cells = tuple(
+            _cell(bench, source, "key" if i < len(proposal.keys) else "background") for i, source in enumerate(sources)
+        )
+        turn = cell_order(seed, len(cells))
+        cells, sources = tuple(cells[i] for i in turn), [sources[i] for i in turn]
+        earlier = done.get((group.name, proposal.number))
+        if earlier and _is_finished(bench.folder, earlier, seed, cells):
+            jobs.append(earlier)
+        else:
+            where = [positions[i] for i in turn]
+            jobs.append(pool.submit(_draft, bench.config, bench.roots, proposal.number, seed, cells, sources, where))
+    try:
+        return [job if isinstance(job, Item) else job.result() for job in jobs]
+    finally:
+        for job in jobs:
+            if not isinstance(job, Item):
+                job.cancel()
+
+
+def _cell(bench: Bench, source: Row, kind: str) -> Cell:
+    config = bench.config
+    crop: Crop | None
+    if kind == "key":
+        grid = bench.selector.grid if bench.selector else 1
+        view = view_of(source.width, source.height, config.geometry)
+        crop = bench.method.crop(view, source.corner, grid, config, source.sha256)
+    else:
+        crop = middle_square(source.width, source.height) if config.background == "crop" else None
+    return Cell(
+        kind=kind,
+        root=source.root,
+        path=source.path,
+        folder=source.folder,
+        sha256=source.sha256,
+        width=source.width,
+        height=source.height,
+        crop=None if crop is None else (crop.x, crop.y, crop.side),
+        p=round(source.p, 4),
+        share=round(source.share, 4),
+        confirmed=False,
+    )
+
+
+def _draft(
+    config: BuildConfig,
+    roots: dict[str, Root],
+    number: int,
+    seed: int,
+    cells: tuple[Cell, ...],
+    sources: list[Row],
+    positions: list[int],
+) -> _Draft:
+    """Read the sources again, in full this time, and put the composite together."""
+    side = config.image_size // config.grid
+    tiles, looks, frames = [], [], []
+    for cell, row, position in zip(cells, sources, positions, strict=True):
+        picture = _read_whole(roots[row.root], row, position, config)
+        tiles.append(letterbox(picture, side)[0] if cell.crop is None else cut(picture, Crop(*cell.crop), side))
+        if config.label_on == "source":
+            look, scale, left, top = letterbox(picture, _teacher_side(config))
+            looks.append(look)
+            frames.append((scale, left, top))
+    jpeg = encode_jpeg(assemble(tiles, config.grid), config.jpeg_quality)
+    if config.label_on == "composite":
+        looks = [decode(jpeg)[0]]  # the teacher sees what the student will see: the file
+    return _Draft(number, seed, cells, jpeg, tuple(looks), tuple(frames))
+
+
+def _read_whole(root: Root, row: Row, position: int, config: BuildConfig) -> Image:
+    located = locate(root, row.path, row.folder, row.group, row.offset, row.size, row.mtime_ns)
+    try:
+        data = located.read()
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise BadImage("its content changed while the set was built")
+        picture, width, height = decode(data, None, config.max_pixels)
+        if (width, height) != (row.width, row.height) or picture.shape[:2] != (height, width):
+            raise BadImage(
+                f"its size changed from {row.width} x {row.height} to {picture.shape[1]} x {picture.shape[0]}"
+            )
+    except BadImage as error:
+        raise _BadSourceError(position, str(error)) from error
+    except OSError as error:
+        raise _BadSourceError(position, f"unreadable: {error.strerror or error}") from error
+    return picture
+
+
+def _ask(bench: Bench, looks: list[Image]) -> list[Detections]:
+    config = bench.config
+    side = _teacher_side(config)
+    return bench.detector.detect(looks, config.conf, config.iou, config.max_det, config.teacher_batch, side)
+
+
+def _teacher_side(config: BuildConfig) -> int:
+    """Side of the teacher's input: that of the composite, up to the next multiple of its stride."""
+    return -(-config.image_size // 32) * 32
+
+
+def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], index: int) -> bool:
+    """Label a draft and write it; False if the teacher found nothing and it is to be replaced."""
+    config, classes = bench.config, len(bench.plan.class_map.names)
+    side = config.image_size / config.grid
+    squares = [((i % config.grid) * side, (i // config.grid) * side, side) for i in range(config.grid**2)]
+    labels = found[0] if config.label_on == "composite" else _carried(config, draft, found, squares, classes)
+    labels = drop_slivers(labels, config.min_side)
+    if not len(labels) and config.empty == "replace":
+        return False
+    cells = tuple(
+        replace(cell, confirmed=confirms(labels, group.class_index, square)) if cell.kind == "key" else cell
+        for cell, square in zip(draft.cells, squares, strict=True)
+    )
+    slug = re.sub(r"[^a-z0-9]+", "-", group.name.lower()).strip("-")
+    item_id = f"{group.class_index:03d}_{slug}_{index:05d}"
+    parts = {
+        "images": draft.jpeg,
+        "labels": rows(labels, config.image_size).encode(),
+        "soft": detset.soft_bytes(labels),
+    }
+    for part, data in parts.items():
+        detset.write_atomic(detset.part_path(bench.folder, part, item_id), data)
+    hashes = {part: detset.sha256(data) for part, data in parts.items()}
+    item = Item(
+        id=item_id,
+        class_name=group.class_name,
+        class_index=group.class_index,
+        group=group.name,
+        index=index,
+        proposal=draft.proposal,
+        seed=draft.seed,
+        cells=cells,
+        boxes=len(labels),
+        sha256=hashes,
+    )
+    detset.append(bench.folder, item)
+    return True
+
+
+def _carried(
+    config: BuildConfig,
+    draft: _Draft,
+    found: list[Detections],
+    squares: list[tuple[float, float, float]],
+    classes: int,
+) -> Detections:
+    """label_on=source: boxes from each letterboxed source, through its crop, into its cell."""
+    parts = []
+    for cell, detections, frame, square in zip(draft.cells, found, draft.frames, squares, strict=True):
+        scale, left, top = frame
+        limits = np.array([cell.width, cell.height, cell.width, cell.height], np.float32)
+        boxes = (detections.boxes - np.array([left, top, left, top], np.float32)) / scale
+        on_source = replace(detections, boxes=np.clip(boxes, 0, limits).astype(np.float32))
+        if cell.crop is not None:
+            parts.append(carry(on_source, Crop(*cell.crop), square, config.min_visible))
+            continue
+        inner = square[2] / max(cell.width, cell.height)  # the letterboxed cell: the same picture, another scale
+        border_x = (square[2] - round(cell.width * inner)) // 2
+        border_y = (square[2] - round(cell.height * inner)) // 2
+        offset = np.array([square[0] + border_x, square[1] + border_y] * 2, np.float32)
+        parts.append(replace(on_source, boxes=(on_source.boxes * inner + offset).astype(np.float32)))
+    return join(parts, classes)
+
+
+def _is_finished(folder: Path, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
+    """Whether an item of an earlier run is made of these very cells and its files are whole."""
+    plain = tuple(replace(cell, confirmed=False) for cell in item.cells)
+    return item.seed == seed and plain == cells and detset.intact(folder, item)

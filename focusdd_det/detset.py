@@ -1,0 +1,435 @@
+"""The distilled set on disk: written atomically, verified by hashes, never executed.
+
+data.yaml           Ultralytics form, no `path:`, so that the set can be moved
+images/train/*.jpg  labels/train/*.txt  soft/train/*.safetensors
+manifest.jsonl      a line per composite, in plan order
+build.yaml          what determines the bytes;  build.log.json: what does not
+README.md           dataset card;  COMPLETE: hashes of the four files above, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from focusdd_det.errors import ConfigError, DiskError, VerifyError
+from focusdd_det.labels import parse_rows
+from focusdd_det.types import Detections
+
+INCOMPLETE = ".incomplete"
+HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMPLETE vouches for
+FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg", "gallery.html")
+PARTS = {"images": ".jpg", "labels": ".txt", "soft": ".safetensors"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a composite. `crop` is x, y, side in px of the source; None: the whole source, letterboxed."""
+
+    kind: str  # key | background
+    root: str
+    path: str
+    folder: str
+    sha256: str
+    width: int
+    height: int
+    crop: tuple[int, int, int] | None
+    p: float
+    share: float
+    confirmed: bool
+
+
+@dataclass(frozen=True)
+class Item:
+    """One composite: a line of the manifest.
+
+    Attributes:
+        id: file name without extension.
+        class_name, class_index: the class it was made for (the label file may hold others).
+        group: the class of the selection: the same, or a folder with `ipc_unit: imagenet`.
+        index: its place in the group, from 0; proposal: its place before composites without objects were replaced.
+        seed: drew the order of the cells.
+        cells: in row order.
+        boxes: rows in the label file.
+        sha256: of each file, by part: images, labels, soft.
+    """
+
+    id: str
+    class_name: str
+    class_index: int
+    group: str
+    index: int
+    proposal: int
+    seed: int
+    cells: tuple[Cell, ...]
+    boxes: int
+    sha256: dict[str, str]
+
+    @property
+    def origin(self) -> tuple[Any, ...]:
+        """What it is made of: equal origins and one config give equal bytes."""
+        cells = tuple((c.kind, c.root, c.path, c.sha256, c.crop) for c in self.cells)
+        return (self.id, self.group, self.index, self.proposal, self.seed, cells)
+
+    def line(self) -> str:
+        """The manifest line, with its newline."""
+        return json.dumps(asdict(self), ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def parse(line: str) -> Item:
+        """A manifest line.
+
+        Raises:
+            ValueError: not one, or with an id or path that leads outside.
+        """
+        try:
+            raw = json.loads(line)
+            cells = tuple(
+                Cell(**{**cell, "crop": tuple(cell["crop"]) if cell["crop"] else None}) for cell in raw["cells"]
+            )
+            item = Item(**{**raw, "cells": cells})
+        except (TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a manifest line ({error})") from error
+        numbers = (item.class_index, item.index, item.proposal, item.seed, item.boxes)
+        texts = (item.id, item.class_name, item.group, *(v for c in cells for v in (c.kind, c.root, c.path, c.sha256)))
+        if not all(isinstance(v, int) and not isinstance(v, bool) for v in numbers):
+            raise ValueError("class_index, index, proposal, seed and boxes must be whole numbers")
+        if not all(isinstance(v, str) for v in texts) or not isinstance(item.sha256, dict):
+            raise ValueError("names, paths and hashes must be text")
+        if not item.id or item.id != PurePosixPath(item.id).name or item.id.startswith("."):
+            raise ValueError(f"the id {item.id!r} is not a plain file name")
+        for cell in cells:
+            path = PurePosixPath(cell.path)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"the path {cell.path!r} leads outside its root")
+        if set(item.sha256) != set(PARTS):
+            raise ValueError(f"expected hashes of {', '.join(PARTS)}")
+        return item
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def part_path(folder: Path, part: str, item_id: str) -> Path:
+    """Where a part (images, labels, soft) of an item lies in a set."""
+    return folder / part / "train" / f"{item_id}{PARTS[part]}"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all.
+
+    Raises:
+        DiskError: full disk, no permission; the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        raise DiskError(
+            f"cannot write {path}: {error.strerror}; free some space or fix the permission, then run the same command "
+            "again: it goes on where it stopped"
+        ) from error
+
+
+def soft_bytes(found: Detections) -> bytes:
+    """The soft targets of a composite: `conf` [n] and `scores` [n, nc], float16, one row per label row."""
+    return bytes(save_tensors({"conf": found.conf.astype(np.float16), "scores": found.scores.astype(np.float16)}))
+
+
+def read_soft(path: Path) -> dict[str, np.ndarray]:
+    """`conf` [n] and `scores` [n, nc] of a composite.
+
+    Raises:
+        VerifyError: not such a file.
+    """
+    try:
+        tensors = load_tensors(path.read_bytes())
+        if set(tensors) != {"conf", "scores"} or tensors["scores"].ndim != 2:
+            raise ValueError(f"holds {sorted(tensors)}, expected conf and scores")
+    except Exception as error:
+        raise VerifyError(f"{path} is not a soft-target file: {error}") from error
+    return dict(tensors)
+
+
+def read_manifest(folder: Path, tolerant: bool = False) -> Iterator[Item]:
+    """The items of a set, line by line.
+
+    Args:
+        tolerant: pass over lines that cannot be read (a build that was killed may have cut the last one).
+
+    Raises:
+        VerifyError: the manifest is missing, or a line is damaged, naming the line.
+    """
+    path = folder / "manifest.jsonl"
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if not line.endswith("\n"):
+                        raise ValueError("cut short")
+                    yield Item.parse(line)
+                except ValueError as error:
+                    if not tolerant:
+                        raise VerifyError(f"{path}, line {number}: {error}; rebuild the set or get it again") from error
+    except FileNotFoundError:
+        if not tolerant:
+            raise VerifyError(f"{path} is missing; {folder} is not a distilled set, or not all of it") from None
+
+
+def append(folder: Path, item: Item) -> None:
+    """Add a line to the manifest: only now does the composite exist.
+
+    Raises:
+        DiskError: full disk, no permission.
+    """
+    path = folder / "manifest.jsonl"
+    try:
+        with path.open("a+b") as file:
+            # A line that a killed build left cut short must not swallow this one.
+            if file.tell() and not _ends_line(path):
+                file.write(b"\n")
+            file.write(item.line().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DiskError(
+            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
+        ) from error
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def sweep(folder: Path, keep: set[str]) -> None:
+    """Remove what an interrupted build left behind in a set that is being built: files of no item, temporary files."""
+    for part, suffix in PARTS.items():
+        for path in (folder / part / "train").iterdir():
+            if path.suffix != suffix or path.stem not in keep:
+                path.unlink()
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def intact(folder: Path, item: Item) -> bool:
+    """Whether all files of an item are what its line says."""
+    for part in PARTS:
+        try:
+            if sha256(part_path(folder, part, item.id).read_bytes()) != item.sha256[part]:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds a set (or part of one) that this package wrote."""
+    try:
+        content = yaml.safe_load((folder / "build.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return False
+    return isinstance(content, dict) and content.get("format") == "focusdd_det set"
+
+
+def verify(folder: Path) -> list[str]:
+    """Everything that is not as the set's own records say, each naming its file; an empty list means it is intact.
+
+    Checks COMPLETE's hashes, each item's files against the manifest, label rows, data.yaml, and that nothing is missing
+    or stray.
+    """
+    problems = []
+    try:
+        sealed = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
+        if not isinstance(sealed, dict) or set(sealed) != set(HASHED):
+            raise ValueError("expected the hashes of " + ", ".join(HASHED))
+    except (OSError, ValueError) as error:
+        problems.append(f"{folder / 'COMPLETE'}: {error}")
+        sealed = {}
+    for name in HASHED:
+        try:
+            data = (folder / name).read_bytes()
+        except OSError as error:
+            problems.append(f"{folder / name}: {error.strerror}")
+            continue
+        if sealed and sha256(data) != sealed[name]:
+            problems.append(f"{folder / name}: not the bytes that COMPLETE names")
+    names: list[str] = []
+    try:
+        names = read_data_yaml(folder)
+    except VerifyError as error:
+        problems.append(str(error))
+    known: set[str] = set()
+    try:
+        for item in read_manifest(folder):
+            if item.id in known:
+                problems.append(f"{folder / 'manifest.jsonl'}: {item.id} twice")
+            known.add(item.id)
+            problems += _verify_item(folder, item, len(names))
+    except VerifyError as error:
+        problems.append(str(error))
+    problems += [f"{path}: not part of the set" for path in _strays(folder, known)]
+    return problems
+
+
+def _verify_item(folder: Path, item: Item, classes: int) -> Iterator[str]:
+    for part in PARTS:
+        path = part_path(folder, part, item.id)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            yield f"{path}: {error.strerror}"
+            continue
+        if sha256(data) != item.sha256[part]:
+            yield f"{path}: not the bytes that the manifest names"
+        elif part == "labels" and classes:
+            try:
+                count = len(parse_rows(data.decode("utf-8"), classes))
+                if count != item.boxes:
+                    yield f"{path}: {count} rows, the manifest says {item.boxes}"
+            except (ValueError, UnicodeDecodeError) as error:
+                yield f"{path}: {error}"
+
+
+def _strays(folder: Path, known: set[str]) -> Iterator[Path]:
+    """What lies in a set without being part of it."""
+    expected = {*HASHED, *FREE, *PARTS}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in expected:
+            yield path
+    for part, suffix in PARTS.items():
+        top = folder / part
+        for path in sorted(top.iterdir()) if top.is_dir() else []:
+            if path.name != "train":
+                yield path
+        inner = top / "train"
+        for path in sorted(inner.iterdir()) if inner.is_dir() else []:
+            if path.suffix != suffix or path.stem not in known or path.is_symlink():
+                yield path
+
+
+def data_yaml(names: Iterable[str]) -> bytes:
+    """data.yaml of a set. `val` names the training images only because Ultralytics wants one."""
+    content = {"train": "images/train", "val": "images/train", "names": dict(enumerate(names))}
+    note = "# val repeats the training images because Ultralytics wants a val: key; give eval_data= for a real one\n"
+    return (note + yaml.safe_dump(content, sort_keys=False, allow_unicode=False)).encode()
+
+
+def read_data_yaml(folder: Path) -> list[str]:
+    """The class names of a set; refuses a data.yaml that does anything but name the set's own images.
+
+    Raises:
+        VerifyError: keys such as `download:` or `path:`, or folders other than images/train.
+    """
+    path = folder / "data.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise VerifyError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(content, dict) or set(content) != {"train", "val", "names"}:
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise VerifyError(f"{path}: expected the keys train, val and names and no other, got {keys}")
+    if content["train"] != "images/train" or content["val"] != "images/train":
+        raise VerifyError(
+            f"{path}: expected train and val to be images/train, got {content['train']}, {content['val']}"
+        )
+    names = content["names"]
+    if not isinstance(names, dict) or list(names) != list(range(len(names))) or not names:
+        raise VerifyError(f"{path}: expected names as 0: first, 1: second, ...")
+    return [str(name) for name in names.values()]
+
+
+def set_strays_aside(folder: Path, aside: Path) -> None:
+    """Move everything that is not part of a set into a folder beside it: it may be somebody's."""
+    known = {item.id for item in read_manifest(folder, tolerant=True)}
+    for path in list(_strays(folder, known)):
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+def seals(folder: Path, name: str, data: bytes) -> bool:
+    """Whether COMPLETE names the hash of `data` for a file: the file, if it differs, was damaged later."""
+    try:
+        table = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
+        return bool(table[name] == sha256(data))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def seal(folder: Path) -> bytes:
+    """The content of COMPLETE."""
+    table = {name: sha256((folder / name).read_bytes()) for name in HASHED}
+    return (json.dumps(table, indent=1, sort_keys=True) + "\n").encode()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One writer at a time. The lock dies with its process, so that there are no stale ones.
+
+    Raises:
+        DiskError: another process is building here.
+    """
+    path = folder / ".lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise DiskError(f"cannot write in {folder}: {error.strerror}; choose another `out`") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DiskError(
+                f"{folder} is being written by another build; wait for it, or choose another `out`"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_ours(folder: Path) -> None:
+    """Delete a set of ours (`overwrite`).
+
+    Raises:
+        DiskError: the folder is not one.
+    """
+    if not is_ours(folder):
+        raise DiskError(f"{folder} holds no build.yaml of this program; it is not removed. Choose another `out`")
+    shutil.rmtree(folder)
+
+
+def refuse_overlap(out: Path, roots: Iterable[Path]) -> None:
+    """No output equal to, inside or around a source.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    target = out.resolve()
+    for root in roots:
+        source = root.resolve()
+        if target == source or source in target.parents or target in source.parents:
+            raise ConfigError(f"out={out} and the source {root} lie in each other; choose an `out` elsewhere")

@@ -1,0 +1,99 @@
+"""Teacher detections -> label rows, and the rules by which boxes are dropped. Arrays only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from focusdd_det.types import Crop, Detections, Floats
+
+
+def drop_slivers(found: Detections, min_side: float) -> Detections:
+    """Without boxes whose shorter side is under `min_side` px, or 0: cut to a sliver, they teach nothing."""
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    return found.keep(sides.min(axis=1) >= max(min_side, 0.01)) if len(found) else found
+
+
+def carry(found: Detections, crop: Crop, cell: tuple[float, float, float], min_visible: float) -> Detections:
+    """Detections of a source, carried into its cell of the composite.
+
+    Args:
+        found: boxes in pixels of the source.
+        crop: the square of the source that the cell shows.
+        cell: left and top of the cell in the composite, and its side, in px.
+        min_visible: a box with a smaller share of its area inside the crop is dropped.
+
+    Returns:
+        Boxes in pixels of the composite, clipped to the cell.
+    """
+    if not len(found):
+        return found
+    left, top, side = cell
+    low = np.array([crop.x, crop.y, crop.x, crop.y], np.float32)
+    inside = np.clip(found.boxes, low, low + crop.side)
+    visible = _area(inside) / np.maximum(_area(found.boxes), 1e-6)
+    scale = side / crop.side
+    boxes = (inside - low) * scale + np.array([left, top, left, top], np.float32)
+    moved = Detections(boxes.astype(np.float32), found.classes, found.conf, found.scores)
+    return moved.keep((visible >= min_visible) & (_area(boxes) > 0))
+
+
+def join(parts: list[Detections], classes: int) -> Detections:
+    """Detections of all cells as those of one composite, in the order given."""
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return Detections.none(classes)
+    return Detections(
+        np.concatenate([p.boxes for p in parts]),
+        np.concatenate([p.classes for p in parts]),
+        np.concatenate([p.conf for p in parts]),
+        np.concatenate([p.scores for p in parts]),
+    )
+
+
+def rows(found: Detections, size: int) -> str:
+    """YOLO label rows: `class cx cy w h`, relative to a picture of size x size px, six decimals, one line a box.
+
+    The corners are rounded first, so that a row never describes a box that reaches outside.
+    """
+    lines = []
+    for box, index in zip(found.boxes, found.classes, strict=True):
+        x1, y1, x2, y2 = (min(max(round(float(v) / size * 5e5), 0), 500_000) * 2 for v in box)
+        centre_x, centre_y, width, height = (x1 + x2) // 2, (y1 + y2) // 2, x2 - x1, y2 - y1
+        if width > 0 and height > 0:
+            lines.append(f"{int(index)} " + " ".join(f"{v / 1e6:.6f}" for v in (centre_x, centre_y, width, height)))
+    return "".join(line + "\n" for line in lines)
+
+
+def parse_rows(text: str, classes: int) -> np.ndarray:
+    """Label rows -> [n, 5] float64 (class, cx, cy, w, h).
+
+    Raises:
+        ValueError: naming the line that is not five finite numbers in range.
+    """
+    table = []
+    for number, line in enumerate(text.splitlines(), 1):
+        fields = line.split()
+        try:
+            values = [float(field) for field in fields]
+        except ValueError:
+            raise ValueError(f"line {number}: `{line[:60]}` is not numbers") from None
+        if len(values) != 5 or not all(np.isfinite(values)):
+            raise ValueError(f"line {number}: expected class cx cy w h, got {len(values)} columns")
+        if values[0] != int(values[0]) or not 0 <= values[0] < classes:
+            raise ValueError(f"line {number}: class {fields[0]} is not one of 0..{classes - 1}")
+        if not all(0 <= v <= 1 for v in values[1:]) or min(values[3:]) <= 0:
+            raise ValueError(f"line {number}: expected a box inside the picture, larger than 0, got {line[:60]}")
+        table.append(values)
+    return np.array(table, np.float64).reshape(len(table), 5)
+
+
+def confirms(found: Detections, class_index: int, cell: tuple[float, float, float]) -> bool:
+    """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher sees what it should."""
+    left, top, side = cell
+    centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - np.array([left, top], np.float32)
+    inside = ((centres >= 0) & (centres < side)).all(axis=1)
+    return bool((inside & (found.classes == class_index)).any())
+
+
+def _area(boxes: Floats) -> Floats:
+    return np.asarray((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), np.float32)

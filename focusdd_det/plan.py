@@ -1,0 +1,249 @@
+"""What a build will do, found out before any model loads: classes, sources, coverage, and all problems at once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from focusdd_det.classmap import ClassMap, find_map, read_class_map, read_folder_map
+from focusdd_det.config import BuildConfig, suggest
+from focusdd_det.errors import ConfigError, DataError
+from focusdd_det.methods import METHODS, Method
+from focusdd_det.sources import Located, Root, folder_names, stream
+
+log = logging.getLogger("focusdd")
+_SYNSET = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A class that composites are made for.
+
+    Attributes:
+        name: the class, or the folder with `ipc_unit: imagenet`.
+        class_name, class_index: the class of the set it stands for.
+        folders: class folders that feed it, sorted.
+        sources: picture files found, undecoded.
+        ipc: composites that will be made.
+    """
+
+    name: str
+    class_name: str
+    class_index: int
+    folders: tuple[str, ...]
+    sources: int
+    ipc: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before a picture is opened."""
+
+    class_map: ClassMap
+    map_sha256: dict[str, str]  # of the class map and of each root's own
+    roots: tuple[Root, ...]
+    groups: tuple[Group, ...]
+    short: dict[str, tuple[int, int]]  # class -> (composites it can fill, composites asked for)
+    uncovered: tuple[str, ...]  # classes of the set that no source stands for
+    notes: tuple[str, ...]
+
+    @property
+    def composites(self) -> int:
+        """How many composites will be made, if enough sources can be used."""
+        return sum(group.ipc for group in self.groups)
+
+    @property
+    def sources(self) -> int:
+        """Picture files of all classes."""
+        return sum(group.sources for group in self.groups)
+
+    def stream(self) -> Iterator[Located]:
+        """Every source of the planned classes, with its group as the class."""
+        group_of = {(group.class_name, folder): group.name for group in self.groups for folder in group.folders}
+        folders = {folder for _, folder in group_of}
+        for root in self.roots:
+            for located in stream(root, folders):
+                s = located.source
+                group = group_of.get((s.group, s.folder))
+                if group is not None:
+                    yield located if s.group == group else replace(located, source=replace(s, group=group))
+
+    def table(self) -> str:
+        """The plan as text, for `--dry-run` and the log."""
+        lines = [
+            f"{len(self.groups)} classes, {self.sources} sources, {self.composites} composites planned",
+            f"covered: {len(self.covered)} of {len(self.class_map.names)} classes",
+        ]
+        if self.uncovered:
+            lines.append(f"not covered ({len(self.uncovered)}): {', '.join(self.uncovered)}")
+        if self.short:
+            shown = ", ".join(f"{name} {have}/{want}" for name, (have, want) in sorted(self.short.items()))
+            lines.append(f"too few sources for the ipc ({len(self.short)}): {shown}")
+        width = max((len(group.name) for group in self.groups), default=5)
+        lines.append(f"{'class':{width}}  sources  composites")
+        lines += [f"{group.name:{width}}  {group.sources:7d}  {group.ipc:10d}" for group in self.groups]
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """Classes of the set that get at least one composite, in the order of the set."""
+        have = {group.class_name for group in self.groups if group.ipc}
+        return tuple(name for name in self.class_map.names if name in have)
+
+
+def make_plan(config: BuildConfig) -> Plan:
+    """Read the maps, list the folders, count the sources.
+
+    Raises:
+        ConfigError, DataError: every problem that was found, in one message.
+    """
+    if not config.sources:
+        raise ConfigError(
+            "no sources: give --source PATH (class folders such as n01440764/*.JPEG), as often as you like; "
+            "--source PATH::MAP.yaml for folders with names of your own"
+        )
+    method = method_of(config)
+    class_map = read_class_map(find_map(config.class_map), config.levels)
+    problems = [
+        f"classes: the set has no class `{name}`{suggest(name, class_map.names)}"
+        for name in config.classes
+        if name not in class_map.names
+    ]
+    roots: list[Root] = []
+    hashes = {"class_map": class_map.sha256}
+    notes: list[str] = []
+    for entry in config.sources:
+        try:
+            root, digest, more = _root(entry, class_map, {root.name for root in roots})
+        except (DataError, ConfigError) as error:
+            problems.append(str(error))
+            continue
+        roots.append(root)
+        hashes[root.name] = digest
+        notes += more
+    if problems:
+        raise DataError("the build cannot start:\n  " + "\n  ".join(problems))
+    return _groups(config, method, class_map, hashes, roots, notes)
+
+
+def method_of(config: BuildConfig) -> Method:
+    """The method that `method=` names.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(
+            f"method={config.method}: expected one of {', '.join(METHODS)}{suggest(config.method, list(METHODS))}"
+        )
+    return METHODS[config.method]
+
+
+def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, list[str]]:
+    if isinstance(entry, dict):
+        unknown = set(entry) - {"path", "map", "name"}
+        if unknown or "path" not in entry:
+            raise ConfigError(f"sources: {entry}: expected path, and optionally map and name")
+        path, own, name = str(entry["path"]), entry.get("map"), entry.get("name")
+    else:
+        path, _, own = str(entry).partition("::")
+        name = None
+    location = Path(path).expanduser()
+    name = str(name or location.resolve().name.removesuffix(".tar") or "source")
+    if name in taken:
+        name = next(f"{name}{i}" for i in range(2, 1000) if f"{name}{i}" not in taken)
+    if not location.exists():
+        raise DataError(f"no source folder {location}; expected class folders such as n01440764/*.JPEG, or a tar")
+    if own:
+        table = read_folder_map(find_map(str(own)), class_map.names)
+        digest = ClassMap(class_map.names, table, {}).sha256
+    else:
+        table, digest = dict(class_map.folders), class_map.sha256
+    there = folder_names(Root(name, location, table))
+    used = {folder: owner for folder, owner in table.items() if folder in there}
+    missing = sorted(set(table) - there)
+    ignored = sorted(there - set(table))
+    notes = []
+    # A WordNet id that is not here is a class the user does not have; any other name, or a near miss, is a mistake.
+    wrong = [f for f in missing if own and (suggest(f, ignored) or not _SYNSET.fullmatch(f))]
+    if wrong:
+        listed = "; ".join(f"`{folder}`{suggest(folder, ignored)}" for folder in wrong[:20])
+        raise DataError(f"{own}: {len(wrong)} folders of the map are not in {location}: {listed}")
+    if not used:
+        hint = " (there is a train/ in it: give that)" if (location / "train").is_dir() else ""
+        raise DataError(
+            f"{location}{hint}: none of its folders is in the class map; found "
+            f"{', '.join(ignored[:5]) or 'no folders'}{' ...' if len(ignored) > 5 else ''}, expected names such as "
+            f"{', '.join(sorted(table)[:3])}. Give a map of your own: --source {path}::MAP.yaml"
+        )
+    if ignored:
+        shown = ", ".join(ignored[:5]) + (" ..." if len(ignored) > 5 else "")
+        notes.append(f"{name}: {len(ignored)} folders that no class of the map names are left out: {shown}")
+    return Root(name, location, used), digest, notes
+
+
+def _groups(
+    config: BuildConfig,
+    method: Method,
+    class_map: ClassMap,
+    hashes: dict[str, str],
+    roots: Sequence[Root],
+    notes: list[str],
+) -> Plan:
+    wanted = set(config.classes) or set(class_map.names)
+    counts: Counter[tuple[str, str]] = Counter()  # (class, folder) -> files
+    shared: dict[str, set[str]] = {}
+    for root in roots:
+        for located in stream(root):
+            counts[located.source.group, located.source.folder] += 1
+        for folder in root.folders:
+            shared.setdefault(folder, set()).add(root.name)
+    doubled = sorted(folder for folder, names in shared.items() if len(names) > 1)
+    if doubled:
+        notes.append(f"folders found in several sources, taken together: {', '.join(doubled[:10])}")
+    per_composite = config.grid**2
+    groups: list[Group] = []
+    short: dict[str, tuple[int, int]] = {}
+    empty: list[str] = []
+    for index, class_name in enumerate(class_map.names):
+        folders = sorted({folder for (owner, folder) in counts if owner == class_name})
+        mapped = {f for root in roots for f, owner in root.folders.items() if owner == class_name}
+        empty += sorted(mapped - set(folders)) if class_name in wanted else []
+        if class_name not in wanted or not folders:
+            continue
+        units = [(class_name, tuple(folders))] if config.ipc_unit == "coco" else [(f, (f,)) for f in folders]
+        for name, members in units:
+            available = sum(counts[class_name, folder] for folder in members)
+            possible = available // per_composite
+            ipc = config.ipc
+            if possible < config.ipc:
+                short[name] = (possible, config.ipc)
+                if config.short_class == "skip":
+                    ipc = 0
+                elif config.short_class == "reduce":
+                    ipc = possible
+                elif config.short_class == "reuse":
+                    ipc = config.ipc if possible else 0
+            if ipc:
+                groups.append(Group(name, class_name, index, members, available, ipc))
+    if empty:
+        notes.append(f"folders without a picture: {', '.join(empty[:10])}")
+    if short and config.short_class == "error":
+        listed = ", ".join(f"{name} ({have} of {want})" for name, (have, want) in sorted(short.items()))
+        raise DataError(
+            f"{len(short)} classes have too few sources for ipc={config.ipc} ({per_composite} a composite): {listed}. "
+            "Lower ipc, or choose short_class=reduce, reuse or skip"
+        )
+    if not groups:
+        raise DataError(
+            f"no class has the {per_composite} sources that one composite takes; "
+            f"found {sum(counts.values())} pictures in {len(counts)} folders"
+        )
+    covered = {group.class_name for group in groups}
+    uncovered = tuple(name for name in class_map.names if name not in covered)
+    return Plan(class_map, hashes, tuple(roots), tuple(groups), short, uncovered, tuple(notes))

@@ -1,0 +1,132 @@
+"""The dataset card and the contact sheet of a set: what people look at before they train on it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from focusdd_det.compose import encode_jpeg, resize
+from focusdd_det.decode import decode
+from focusdd_det.detset import Item, part_path
+from focusdd_det.labels import parse_rows
+from focusdd_det.types import Image
+
+if TYPE_CHECKING:
+    from focusdd_det.plan import Plan
+
+_TILE = 320  # px of a composite on the contact sheet
+
+
+def card(items: Sequence[Item], plan: Plan, identity: dict[str, Any], counts: dict[str, tuple[int, int]]) -> str:
+    """README.md of a set: what it holds, how it was made, what it lacks. The same text for the same bytes.
+
+    Args:
+        items: the composites, in plan order.
+        plan: what was planned.
+        identity: the content of build.yaml.
+        counts: class -> (usable sources, unusable ones).
+    """
+    config = identity["config"]
+    cell = config["image_size"] // config["grid"]
+    keys = [c for item in items for c in item.cells if c.kind == "key"]
+    sides = [c.crop[2] if c.crop else max(c.width, c.height) for item in items for c in item.cells]
+    enlarged = sum(side < cell for side in sides) / len(sides)
+    beyond = sum(side * 2 < cell for side in sides) / len(sides)
+    by_group: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_group[item.group].append(item)
+    bad = sum(count for _, count in counts.values())
+    lines = [
+        "---",
+        "license: other",
+        "task_categories: [object-detection]",
+        f"tags: [dataset-distillation, focusdd, method-{config['method']}]",
+        "---",
+        "",
+        "# A distilled detection set",
+        "",
+        f"{len(items)} composites of {config['grid']} x {config['grid']} cells, {config['image_size']} px, "
+        f"method `{config['method']}`, {config['ipc']} a class asked for (`ipc_unit: {config['ipc_unit']}`), seed "
+        f"{config['seed']}. Boxes and soft targets come from the teacher `{identity['teacher']['name']}`; "
+        "nobody drew a box.",
+        "",
+        "The pictures are cut out of photographs with licences of their own: this set may be used as they may. The "
+        "formulas of "
+        "the method are reconstructed from its published text.",
+        "",
+        f"- boxes: {sum(i.boxes for i in items)}, {sum(i.boxes for i in items) / len(items):.2f} a composite; "
+        f"{sum(i.boxes == 0 for i in items)} composites without a box",
+        f"- key cells in which the teacher confirms the class of the source: "
+        f"{sum(c.confirmed for c in keys)} of {len(keys)}"
+        + (f" ({sum(c.confirmed for c in keys) / len(keys):.1%})" if keys else ""),
+        f"- cells enlarged to {cell} px: {enlarged:.1%}; beyond 2x: {beyond:.1%}",
+        f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined (reasons: quarantine.jsonl)",
+        f"- classes covered: {len({i.class_name for i in items})} of {len(plan.class_map.names)}",
+    ]
+    if plan.uncovered:
+        lines.append(f"- not covered: {', '.join(plan.uncovered)}")
+    planned = {group.name: group.ipc for group in plan.groups}
+    fewer = [
+        f"{name} {len(by_group[name])}"
+        for name, ipc in planned.items()
+        if len(by_group[name]) < identity["config"]["ipc"]
+    ]
+    if fewer:
+        lines.append(f"- fewer than {config['ipc']} composites: {', '.join(fewer)}")
+    if plan.short and config["short_class"] == "skip":
+        lines.append(f"- left out, too few sources: {', '.join(sorted(plan.short))}")
+    lines += ["", "| class | composites | replaced | boxes | key cells confirmed |", "|---|---|---|---|---|"]
+    for name, members in by_group.items():
+        own = [c for item in members for c in item.cells if c.kind == "key"]
+        replaced = max(item.proposal for item in members) + 1 - len(members)
+        confirmed = f"{sum(c.confirmed for c in own)} of {len(own)}" if own else "-"
+        lines.append(f"| {name} | {len(members)} | {replaced} | {sum(i.boxes for i in members)} | {confirmed} |")
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(
+    folder: Path, items: Sequence[Item], names: Sequence[str], columns: int = 6, count: int = 36
+) -> bytes:
+    """A JPEG of up to `count` composites with their boxes, spread evenly over the set."""
+    step = max(1, len(items) // count)
+    tiles = [draw_item(folder, item, names, _TILE) for item in items[::step][:count]]
+    columns = min(columns, len(tiles))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
+    return encode_jpeg(sheet, 85)
+
+
+def draw_item(folder: Path, item: Item, names: Sequence[str], side: int) -> Image:
+    """A composite of a set with its boxes and their classes, [side, side, 3]."""
+    pixels = decode(part_path(folder, "images", item.id).read_bytes())[0]
+    table = parse_rows(part_path(folder, "labels", item.id).read_text(encoding="utf-8"), len(names))
+    picture = np.ascontiguousarray(resize(pixels, side, side))
+    for index, cx, cy, w, h in table:
+        colour = _colour(int(index))
+        x1, y1, x2, y2 = (round(float(v) * side) for v in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+        cv2.rectangle(picture, (x1, y1), (x2 - 1, y2 - 1), colour, 2)
+        _tag(picture, names[int(index)], x1, y1, colour)
+    _tag(picture, item.id, 0, side - 12, (40, 40, 40))
+    return picture
+
+
+def _tag(picture: Image, text: str, x: int, y: int, colour: tuple[int, int, int]) -> None:
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)
+    cv2.rectangle(picture, (x, y), (x + width + 2, y + height + 4), colour, -1)
+    cv2.putText(picture, text, (x + 1, y + height + 1), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (255, 255, 255), 1, cv2.LINE_AA)
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    hue = np.array([[[index * 47 % 180, 200, 190]]], np.uint8)
+    r, g, b = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0]
+    return int(r), int(g), int(b)
+
+
+def class_counts(items: Sequence[Item]) -> Counter[str]:
+    """Composites of each class."""
+    return Counter(item.class_name for item in items)

@@ -1,0 +1,172 @@
+"""Scores of one class -> which sources become key patches and which backgrounds, composite by composite. Arrays only.
+
+The drawing is sequential: composite i takes the best unused sources as key patches and then its backgrounds from the
+unused rest. So the composites of a small set are the first ones of a larger set (DESIGN section 3, selection).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focusdd_det.seeds import uniform
+
+Order = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The usable sources of one class, as columns of equal length n.
+
+    Attributes:
+        ids: [n] int64, rows of the score store.
+        sha: [n, 32] uint8, content hashes; they break ties, so that neither path nor order ever decides.
+        folder: [n] int32, index of the class folder: the stratum.
+        p: [n] float64 in [0, 1], confidence, rounded to 1e-4.
+        score: [n] int64, realism score S in units of 1e-4.
+        phash: [n] uint64, difference hash of the view.
+    """
+
+    ids: Order
+    sha: NDArray[np.uint8]
+    folder: NDArray[np.int32]
+    p: NDArray[np.float64]
+    score: Order
+    phash: NDArray[np.uint64]
+
+    def __post_init__(self) -> None:
+        n = len(self.ids)
+        sizes = {len(column) for column in (self.sha, self.folder, self.p, self.score, self.phash)}
+        if sizes - {n} or self.sha.shape != (n, 32):
+            raise ValueError(f"candidates need columns of one length and sha [n, 32]; got {sizes}, {self.sha.shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def ranked(candidates: Candidates, key: Order, stratify: bool) -> Order:
+    """Positions by falling `key`, ties by content hash; with `stratify`, round robin over the folders, best first."""
+    columns = _hash_columns(candidates.sha)
+    order = np.lexsort((*columns, -key))
+    if not stratify or not len(order):
+        return order
+    folders = candidates.folder[order]
+    by_folder = np.argsort(folders, kind="stable")  # inside a folder the best come first
+    starts = np.r_[0, np.flatnonzero(np.diff(folders[by_folder])) + 1]
+    lengths = np.diff(np.r_[starts, len(order)])
+    turn = np.empty(len(order), np.int64)
+    turn[by_folder] = np.arange(len(order)) - np.repeat(starts, lengths)
+    return order[np.argsort(turn, kind="stable")]
+
+
+def background_order(candidates: Candidates, seed: int, group: str) -> Order:
+    """Positions in the order of a draw without replacement with probability proportional to p.
+
+    The key is u^(1/p), u from hash(seed, class, sha256), the largest first (Efraimidis and Spirakis 2006).
+    """
+    keys = np.array(
+        [
+            math.log(uniform(seed, group, row.tobytes().hex())) / p if p > 0 else -math.inf
+            for row, p in zip(candidates.sha, candidates.p, strict=True)
+        ],
+        np.float64,
+    )
+    return np.lexsort((*_hash_columns(candidates.sha), -keys))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The sources of one composite, as positions in the candidates."""
+
+    number: int
+    keys: tuple[int, ...]
+    backgrounds: tuple[int, ...]
+
+
+def proposals(
+    order: Order,
+    backgrounds: Order,
+    phash: NDArray[np.uint64],
+    n_key: int,
+    n_background: int,
+    near: int = 0,
+    banned: Collection[int] = (),
+    reserved: int = 0,
+    reuse: bool = False,
+) -> Iterator[Proposal]:
+    """Composites of one class, best first, until the sources run out. A pure function of its arguments.
+
+    Args:
+        order: positions, best key patch first.
+        backgrounds: positions, first drawn background first.
+        phash: [n] difference hashes by position.
+        n_key, n_background: cells a composite.
+        near: a source whose hash differs in at most this many bits from a chosen one is passed over for good; 0: off.
+        banned: positions that turned out to be unusable.
+        reserved: the first so many of `order` never become backgrounds (`selection: paper`).
+        reuse: start again from the top when the sources run out (`short_class: reuse`).
+    """
+    banned = frozenset(banned)
+    kept_back = {int(i) for i in order[:reserved]}
+    number = 0
+    while True:
+        used: set[int] = set()
+        chosen = _Chosen(phash, near)
+        key_stream = _unused(order, used, banned, chosen)
+        background_stream = _unused(backgrounds, used, banned | kept_back, chosen)
+        first = number
+        while True:
+            keys = _take(key_stream, n_key, used, chosen)
+            rest = None if keys is None else _take(background_stream, n_background, used, chosen)
+            if keys is None or rest is None:
+                break
+            yield Proposal(number, keys, rest)
+            number += 1
+        if not reuse or number == first:
+            return
+
+
+class _Chosen:
+    """The difference hashes chosen so far."""
+
+    def __init__(self, phash: NDArray[np.uint64], near: int) -> None:
+        self.phash = phash
+        self.near = near
+        self.hashes: list[int] = []
+
+    def add(self, position: int) -> None:
+        self.hashes.append(int(self.phash[position]))
+
+    def has_like(self, position: int) -> bool:
+        if not self.near or not self.hashes:
+            return False
+        differing = np.bitwise_xor(np.array(self.hashes, np.uint64), self.phash[position])
+        return bool((np.bitwise_count(differing) <= self.near).any())
+
+
+def _unused(order: Order, used: set[int], banned: frozenset[int], chosen: _Chosen) -> Iterator[int]:
+    for position in map(int, order):
+        if position not in used and position not in banned and not chosen.has_like(position):
+            yield position
+
+
+def _take(stream: Iterator[int], count: int, used: set[int], chosen: _Chosen) -> tuple[int, ...] | None:
+    taken = []
+    for _ in range(count):
+        position = next(stream, None)
+        if position is None:
+            return None
+        used.add(position)
+        chosen.add(position)
+        taken.append(position)
+    return tuple(taken)
+
+
+def _hash_columns(sha: NDArray[np.uint8]) -> tuple[NDArray[np.uint64], ...]:
+    """Content hashes as sort keys for lexsort: least significant word first."""
+    words = np.ascontiguousarray(sha).reshape(len(sha), 32).view(">u8").astype(np.uint64)
+    return tuple(words[:, i] for i in (3, 2, 1, 0))
