@@ -1,8 +1,8 @@
 """Chosen sources -> labelled composites in the set: cut, compose, ask the teacher, write.
 
 A composite in which the teacher finds nothing is replaced by the next candidates, so what comes next depends on what
-the teacher says. Each class is therefore a coroutine that yields pictures and is sent detections; several run at a time,
-so that the teacher's batches are full even with one composite a class.
+the teacher says. Each class is therefore a coroutine that yields pictures and is sent detections; several run at a
+time, so that the teacher's batches are full even with one composite a class.
 """
 
 from __future__ import annotations

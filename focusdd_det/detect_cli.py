@@ -22,7 +22,7 @@ from focusdd_det.traindata import load_yolo_data, resolve_data
 
 SHIPPED = "train_det.yaml"
 NOT_SHIPPED_ON_RESUME = ("model", "data")  # a resumed run has its own
-TRAIN_EXTRA = {"augmentations": [], "save_dir": None}  # Ultralytics takes them although its YAML lacks them
+TRAIN_EXTRA: dict[str, Any] = {"augmentations": [], "save_dir": None}  # Ultralytics takes them although its YAML lacks them
 VERBATIM = (
     "model",
     "data",
@@ -71,7 +71,8 @@ def train(argv: Sequence[str]) -> int:
     """`focusdd detect train`, tools/train_det.py.
 
     Raises:
-        ConfigError: unknown keys (with suggestions) or wrong values; DataError, WeightsError, VerifyError as the trainer.
+        ConfigError: unknown keys (with suggestions) or wrong values.
+        DataError, WeightsError, VerifyError: as the trainer.
         Interrupted: stopped by the user, with the command that goes on.
     """
     if _wants_help(argv):
@@ -178,8 +179,8 @@ def val_coco(argv: Sequence[str]) -> int:
         annotations = annotations or coco_eval.usual_annotations(data)
     if annotations is None or images is None:
         raise ConfigError(
-            "annotations= and images= are needed (or data= with an annotations/ folder beside its images); the official "
-            "COCO mAP is computed from nothing else"
+            "annotations= and images= are needed (or data= with an annotations/ folder beside its images); the "
+            "official COCO mAP is computed from nothing else"
         )
     covered: Sequence[str] | None = _names(options["covered"])
     if options["set"] is not None:

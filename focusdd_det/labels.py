@@ -51,12 +51,13 @@ def join(parts: list[Detections], classes: int) -> Detections:
 
 
 def rows(found: Detections, size: int) -> str:
-    """YOLO label rows: `class cx cy w h`, relative to a picture of size x size px, six decimals, one line a box.
+    """YOLO label rows: `class cx cy w h`, relative to a picture of size x size px, six decimals, a line a box.
 
     The corners are rounded first, so that a row never describes a box that reaches outside.
     """
     lines = []
     for box, index in zip(found.boxes, found.classes, strict=True):
+        # Whole steps of 2e-6, so that the centre has six decimals too.
         x1, y1, x2, y2 = (min(max(round(float(v) / size * 5e5), 0), 500_000) * 2 for v in box)
         centre_x, centre_y, width, height = (x1 + x2) // 2, (y1 + y2) // 2, x2 - x1, y2 - y1
         if width > 0 and height > 0:
@@ -82,13 +83,13 @@ def parse_rows(text: str, classes: int) -> np.ndarray:
         if values[0] != int(values[0]) or not 0 <= values[0] < classes:
             raise ValueError(f"line {number}: class {fields[0]} is not one of 0..{classes - 1}")
         if not all(0 <= v <= 1 for v in values[1:]) or min(values[3:]) <= 0:
-            raise ValueError(f"line {number}: expected a box inside the picture, larger than 0, got {line[:60]}")
+            raise ValueError(f"line {number}: expected a box inside the picture, larger than 0: {line[:60]}")
         table.append(values)
     return np.array(table, np.float64).reshape(len(table), 5)
 
 
 def confirms(found: Detections, class_index: int, cell: tuple[float, float, float]) -> bool:
-    """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher sees what it should."""
+    """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher sees the source's class."""
     left, top, side = cell
     centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - np.array([left, top], np.float32)
     inside = ((centres >= 0) & (centres < side)).all(axis=1)

@@ -40,9 +40,7 @@ def bernoulli_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> 
     """
     t = teacher.detach().float() / temperature
     s = student.float() / temperature
-    return t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s)) + (-t).sigmoid() * (
-        F.logsigmoid(-t) - F.logsigmoid(-s)
-    )
+    return t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s)) + (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
 
 
 def bins_kl(teacher: Tensor, student: Tensor, reg_max: int) -> Tensor:

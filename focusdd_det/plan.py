@@ -169,8 +169,8 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
     missing = sorted(set(table) - there)
     ignored = sorted(there - set(table))
     notes = []
-    # A WordNet id that is not here is a class the user does not have; any other name, or a near miss, is a mistake.
-    wrong = [f for f in missing if own and (suggest(f, ignored) or not _SYNSET.fullmatch(f))]
+    # A WordNet id that is not here is a class the user does not have; any other name that is not here is a mistake.
+    wrong = [folder for folder in missing if own and not _SYNSET.fullmatch(folder)]
     if wrong:
         listed = "; ".join(f"`{folder}`{suggest(folder, ignored)}" for folder in wrong[:20])
         raise DataError(f"{own}: {len(wrong)} folders of the map are not in {location}: {listed}")

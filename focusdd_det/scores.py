@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -61,6 +61,9 @@ class Row:
     p: float
     share: float
     corner: tuple[int, int]
+
+
+_ROW_FIELDS = tuple(field.name for field in fields(Row))[:-1]
 
 
 @dataclass(frozen=True)
@@ -142,12 +145,12 @@ class ScoreStore:
 
     def row(self, rowid: int) -> Row:
         """One source by its id."""
-        r = self.db.execute(
-            "SELECT root, path, folder, grp, offset, size, mtime, sha, width, height, p, share, win_row, win_col "
-            "FROM source WHERE rowid = ?",
+        values = self.db.execute(
+            "SELECT root, path, folder, grp, offset, size, mtime, lower(hex(sha)), width, height, p, share, "
+            "win_row, win_col FROM source WHERE rowid = ?",
             (rowid,),
         ).fetchone()
-        return Row(*r[:7], r[7].hex(), *r[8:12], (r[12], r[13]))
+        return Row(**dict(zip(_ROW_FIELDS, values[:12], strict=True)), corner=(values[12], values[13]))
 
     def reject(self, rowid: int, reason: str) -> None:
         """Quarantine a source that was fine as a view but is not as a whole."""
@@ -328,9 +331,8 @@ def _columns_of(
     sha, width, height, phash = (glance.sha, glance.width, glance.height, glance.phash) if glance else (b"", 0, 0, 0)
     signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
     where = (located.offset, located.size, located.mtime_ns)
-    return (
-        s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, sha, width, height, p, share, *corner, signed, bad
-    )  # fmt: skip
+    seen = (sha, width, height, p, share, *corner, signed, bad)
+    return (s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, *seen)
 
 
 def _ahead(

@@ -36,9 +36,7 @@ from focusdd_det.types import Detections, Image
 STRIDE = 32  # largest stride of every YOLO head that Ultralytics ships
 LETTERBOX_GREY = 114  # what YOLO was trained to see beside a picture
 DECIMALS = 4  # scores and boxes are rounded to 1e-4 before anything is decided
-_HOW_TO_GET = (
-    "pass a checkpoint that Ultralytics saved, e.g. an official yolo11n.pt or the best.pt of a training run"
-)
+_HOW_TO_GET = "pass a checkpoint that Ultralytics saved, e.g. an official yolo11n.pt or the best.pt of a training run"
 
 
 @contextlib.contextmanager
@@ -116,8 +114,7 @@ def _check_container(file: Path) -> None:
         head = stream.read(512)
     if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise WeightsError(
-            f"{file} is a web page, not a checkpoint (a download that was answered with HTML); download it "
-            "again"
+            f"{file} is a web page, not a checkpoint (a download that was answered with HTML); download it again"
         )
     if head[:2] != b"PK":
         raise WeightsError(
@@ -137,9 +134,7 @@ def _check_container(file: Path) -> None:
             f"from; {_HOW_TO_GET}"
         )
     if not any(name.endswith("data.pkl") for name in names):
-        raise WeightsError(
-            f"{file} is a zip archive without data.pkl, so not a PyTorch checkpoint; {_HOW_TO_GET}"
-        )
+        raise WeightsError(f"{file} is a zip archive without data.pkl, so not a PyTorch checkpoint; {_HOW_TO_GET}")
 
 
 def safe_read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -180,9 +175,7 @@ def safe_read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{file} cannot be read as a checkpoint ({_reason(error, link)}); copy or download it again"
             ) from error
     if not isinstance(checkpoint, dict):
-        raise WeightsError(
-            f"{file} holds a {type(checkpoint).__name__}, expected a checkpoint dict; {_HOW_TO_GET}"
-        )
+        raise WeightsError(f"{file} holds a {type(checkpoint).__name__}, expected a checkpoint dict; {_HOW_TO_GET}")
     return checkpoint
 
 
@@ -246,13 +239,9 @@ class Detector:
         self.reg_max = int(head.reg_max)
         self.end2end = getattr(head, "one2one_cv2", None) is not None
         if head.cv2 is None:
-            raise WeightsError(
-                f"{path} was saved fused, without its one-to-many head; pass the unfused checkpoint"
-            )
+            raise WeightsError(f"{path} was saved fused, without its one-to-many head; pass the unfused checkpoint")
         if len(own) != head.nc:
-            raise WeightsError(
-                f"{path} has {head.nc} class channels but {len(own)} class names; it cannot be trusted"
-            )
+            raise WeightsError(f"{path} has {head.nc} class channels but {len(own)} class names; it cannot be trusted")
         missing = [name for name in self.names if name not in own]
         if missing:
             raise WeightsError(
@@ -333,13 +322,7 @@ class Detector:
         """
         if not images:
             return []
-        if (
-            batch < 1
-            or imgsz < STRIDE
-            or imgsz % STRIDE
-            or not (0 <= conf <= 1 and 0 <= iou <= 1)
-            or max_det < 1
-        ):
+        if batch < 1 or imgsz < STRIDE or imgsz % STRIDE or not (0 <= conf <= 1 and 0 <= iou <= 1) or max_det < 1:
             raise ConfigError(
                 f"detect needs batch >= 1, imgsz a multiple of {STRIDE}, conf and iou in [0, 1], max_det >= "
                 f"1; got batch={batch}, imgsz={imgsz}, conf={conf}, iou={iou}, max_det={max_det}"

@@ -422,7 +422,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def progress_string(self) -> str:
         """Ultralytics' header, with the KL names short enough for its columns."""
-        names = self.loss_names
+        names: tuple[str, ...] = self.loss_names
         self.loss_names = tuple(n.removesuffix("_loss") if n.startswith("kl_") else n for n in names)
         try:
             return str(super().progress_string())

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def train_vit(singles: list[Picture], minutes: float, seed: int = 0) -> nn.Modul
     spot = nn.Linear(int(KWARGS["embed_dim"]), len(CLASSES) + 1)  # class or background of one token; not shipped
     parameters = [*model.parameters(), *spot.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    batch, start, step, peak = 128, time.monotonic(), 0, 1.5e-3
+    batch, start, step, peak = 64, time.monotonic(), 0, 1e-3
     while (done := (time.monotonic() - start) / 60 / minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
@@ -229,6 +230,7 @@ def train_yolo(pictures: list[Picture], epochs: int, folder: Path) -> Path:
         epochs=epochs,
         imgsz=COMPOSITE,
         batch=16,
+        nbs=16,
         optimizer="AdamW",
         lr0=2e-3,
         cos_lr=True,
@@ -272,28 +274,42 @@ def strip(trained: Path, target: Path) -> None:
     torch.save(checkpoint, target)
 
 
-def main(
-    out: Path = HERE,
-    singles: int = 6000,
-    scenes: int = 2000,
-    composites: int = 800,
-    vit_minutes: float = 5,
-    epochs: int = 10,
-) -> None:
-    """Draw, train, check and write both models to `out`."""
-    start = time.monotonic()
-    with ProcessPoolExecutor(2) as pool:
+def draw_pictures(singles: int, scenes: int, composites: int) -> tuple[list[Picture], list[Picture]]:
+    """Training pictures: of one object each, and scenes with composites of the former."""
+    with ProcessPoolExecutor() as pool:
         single = list(pool.map(draw_single, range(singles), chunksize=50))
         many = list(pool.map(draw_many, range(scenes), chunksize=50))
-    pictures = many + [draw_composite(single, i) for i in range(composites)]
-    print(f"drawn in {time.monotonic() - start:.0f} s", flush=True)
-    vit = train_vit(single, vit_minutes)
+    return single, many + [draw_composite(single, i) for i in range(composites)]
+
+
+def make_vit(out: Path, single: list[Picture], minutes: float) -> None:
+    """Train, check and write the selector."""
+    torch.set_num_threads(1)
+    vit = train_vit(single, minutes)
     accuracy, mass = check_vit(vit)
     print(f"ViT: top-1 {accuracy:.3f} on unseen good pictures, attention on the object {mass:.2f}", flush=True)
     save_vit(vit, out)
+
+
+def make_yolo(out: Path, pictures: list[Picture], epochs: int) -> None:
+    """Train and write the teacher; Ultralytics validates it on unseen scenes at the end."""
     folder = Path(tempfile.mkdtemp(prefix="demo-teacher-"))
     try:
         strip(train_yolo(pictures, epochs, folder), out / "yolo_demo.pt")
     finally:
         shutil.rmtree(folder)
-    print(f"done in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+
+
+def main(
+    out: Path = HERE,
+    singles: int = 6000,
+    scenes: int = 2000,
+    composites: int = 800,
+    minutes: float = 12,
+    epochs: int = 10,
+) -> None:
+    """Draw the pictures, then train both models side by side, one core each, and write them to `out`."""
+    single, pictures = draw_pictures(singles, scenes, composites)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for job in (pool.submit(make_vit, out, single, minutes), pool.submit(make_yolo, out, pictures, epochs)):
+            job.result()
