@@ -1,0 +1,102 @@
+"""Which sources become what: orders, draws and composites."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from focusdd_det.select import Candidates, background_order, proposals, ranked
+
+
+def candidates(
+    score: list[int], folder: list[int] | None = None, p: list[float] | None = None, phash: list[int] | None = None
+) -> Candidates:
+    n = len(score)
+    sha = np.stack([np.frombuffer(hashlib.sha256(str(i).encode()).digest(), np.uint8) for i in range(n)])
+    rng = np.random.default_rng(0)
+    return Candidates(
+        ids=np.arange(n),
+        sha=sha,
+        folder=np.array(folder or [0] * n, np.int32),
+        p=np.array(p or [0.5] * n, np.float64),
+        score=np.array(score, np.int64),
+        phash=np.array(phash, np.uint64) if phash else rng.integers(0, 2**63, n).astype(np.uint64),
+    )
+
+
+def test_best_first_and_ties_by_content() -> None:
+    c = candidates([5, 9, 5, 5, 7])
+    tied = sorted([0, 2, 3], key=lambda i: c.sha[i].tobytes())
+    assert ranked(c, c.score, False).tolist() == [1, 4, *tied]
+
+
+def test_the_order_of_the_sources_decides_nothing() -> None:
+    c = candidates([3, 3, 3, 8, 1, 3, 8], folder=[0, 1, 0, 1, 2, 2, 0])
+    turn = np.random.default_rng(1).permutation(7)
+    shuffled = Candidates(turn, c.sha[turn], c.folder[turn], c.p[turn], c.score[turn], c.phash[turn])
+    for stratify in (False, True):
+        assert turn[ranked(shuffled, shuffled.score, stratify)].tolist() == ranked(c, c.score, stratify).tolist()
+    assert turn[background_order(shuffled, 0, "dog")].tolist() == background_order(c, 0, "dog").tolist()
+
+
+def test_stratified_is_round_robin_over_folders_best_first() -> None:
+    c = candidates([9, 8, 7, 6, 5, 4], folder=[0, 0, 0, 0, 1, 2])
+    assert ranked(c, c.score, True).tolist() == [0, 4, 5, 1, 2, 3]
+
+
+def test_backgrounds_are_drawn_in_proportion_to_confidence() -> None:
+    c = candidates([0, 0, 0], p=[0.8, 0.2, 0.0])
+    firsts = [int(background_order(c, seed, "cat")[0]) for seed in range(2000)]
+    assert firsts.count(0) / 2000 == pytest.approx(0.8, abs=0.03)
+    assert firsts.count(2) == 0
+    orders = {tuple(background_order(c, seed, "cat")) for seed in range(2000)}
+    assert orders == {(0, 1, 2), (1, 0, 2)}
+
+
+def test_three_best_then_one_background_and_a_larger_set_begins_like_a_smaller_one() -> None:
+    order, backgrounds = np.arange(12), np.array([5, 0, 11, 3, 10, 9, 8, 7, 6, 4, 2, 1])
+    made = list(proposals(order, backgrounds, np.arange(12).astype(np.uint64), 3, 1))
+    assert [m.keys for m in made] == [(0, 1, 2), (3, 4, 6), (7, 8, 9)]
+    assert [m.backgrounds for m in made] == [(5,), (11,), (10,)]
+    assert [m.number for m in made] == [0, 1, 2]
+
+
+def test_the_papers_order_takes_all_key_patches_first() -> None:
+    order, backgrounds = np.arange(8), np.array([5, 0, 6, 7, 1, 2, 3, 4])
+    made = list(proposals(order, backgrounds, np.arange(8).astype(np.uint64), 3, 1, reserved=6))
+    assert [m.keys for m in made] == [(0, 1, 2), (3, 4, 5)]
+    assert [m.backgrounds for m in made] == [(6,), (7,)]
+
+
+def test_a_banned_source_changes_only_what_comes_from_it_on() -> None:
+    order, phash = np.arange(16), np.arange(16).astype(np.uint64)
+    whole = list(proposals(order, order[::-1], phash, 3, 1))
+    without = list(proposals(order, order[::-1], phash, 3, 1, banned={4}))
+    assert without[0] == whole[0]
+    assert whole[1].keys == (3, 4, 5)
+    assert without[1].keys == (3, 5, 6)
+
+
+def test_near_duplicates_are_passed_over() -> None:
+    phash = np.array([0, 0b111, 0b11111111, 2**40 - 1, 2**63, 0], np.uint64)
+    made = list(proposals(np.arange(6), np.arange(6), phash, 1, 0, near=3))
+    assert [m.keys[0] for m in made] == [0, 2, 3]  # 1 and 5 are like 0, 4 differs from 0 in one bit
+    assert len(list(proposals(np.arange(6), np.arange(6), phash, 1, 0, near=0))) == 6
+
+
+def test_running_out_of_sources_ends_or_starts_again() -> None:
+    order, phash = np.arange(5), np.arange(5).astype(np.uint64)
+    assert len(list(proposals(order, order, phash, 3, 1))) == 1
+    reused = proposals(order, order, phash, 3, 1, reuse=True)
+    first, second = next(reused), next(reused)
+    assert (first.keys, second.keys) == ((0, 1, 2), (0, 1, 2))
+    assert second.number == 1
+    assert list(proposals(order[:2], order[:2], phash, 3, 1, reuse=True)) == []
+
+
+def test_columns_of_different_length_are_refused() -> None:
+    c = candidates([1, 2])
+    with pytest.raises(ValueError, match="one length"):
+        Candidates(c.ids, c.sha, c.folder, c.p, c.score[:1], c.phash)
