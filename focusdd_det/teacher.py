@@ -297,12 +297,11 @@ class Detector:
         batch: int = 8,
         imgsz: int = 640,
     ) -> list[Detections]:
-        """Objects in pictures of one size. The result of a picture does not depend on the others or on their
-        number.
+        """Objects in pictures of one size; what is found in one does not depend on the others or their number.
 
-        Every forward pass has `batch` pictures, the last one padded with empty ones, and scores and boxes are
-        rounded to 1e-4 before a threshold or NMS decides anything. NMS is per class; a detector with a
-        one-to-one head needs none.
+        Every forward pass has `batch` pictures (one on a CPU), the last one padded with empty ones, and scores and
+        boxes are rounded to 1e-4 before a threshold or NMS decides anything. NMS is per class, on the one-to-many
+        head.
 
         Args:
             images: uint8 RGB [H, W, 3], all of one size. A square with a side that is a multiple of 32 goes
@@ -310,7 +309,7 @@ class Detector:
             conf: boxes with a score of at most this are dropped, in [0, 1].
             iou: boxes of one class that overlap a better one by more than this are dropped, in [0, 1].
             max_det: at most this many boxes a picture.
-            batch: pictures per forward pass.
+            batch: pictures per forward pass on a GPU.
             imgsz: side of the letterbox, a multiple of 32.
 
         Returns:
@@ -334,6 +333,8 @@ class Detector:
                     f"detect needs uint8 RGB pictures [H, W, 3] of one size, got {image.dtype} {image.shape} "
                     f"beside {shape}"
                 )
+        if self.device.type == "cpu":
+            batch = 1  # the last digit can depend on a picture's place in a batch, and nothing is gained by batching
         found: list[Detections] = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
@@ -349,7 +350,7 @@ class Detector:
         stack[: len(squares)] = squares
         x = torch.from_numpy(stack).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
         heads, features = self._forward(x)
-        head = heads[ONE2ONE] if self.end2end else heads
+        head = heads[ONE2MANY] if self.end2end else heads  # with NMS, as `yolo predict` does by default
         anchors, strides = make_anchors(features, torch.tensor(self._strides), 0.5)
         boxes = decode_boxes(head["boxes"], anchors.T.float(), self.reg_max) * strides.T.float()
         boxes_np = boxes[: len(images)].permute(0, 2, 1).cpu().numpy().astype(np.float64)
@@ -366,7 +367,7 @@ class Detector:
             candidate = np.flatnonzero(s.max(1) > conf - 1e-3)  # before the rounding, with room for it
             rounded = np.round((b[candidate] - offset) / scale[0], DECIMALS)
             certain = np.round(s[candidate].astype(np.float64), DECIMALS)
-            found.append(_select_boxes(rounded, certain, limit, conf, None if self.end2end else iou, max_det))
+            found.append(_select_boxes(rounded, certain, limit, conf, iou, max_det))
         return found
 
 
@@ -389,19 +390,17 @@ def _select_boxes(
     scores: NDArray[np.float64],
     limit: NDArray[np.float64],
     conf: float,
-    iou: float | None,
+    iou: float,
     max_det: int,
 ) -> Detections:
-    """Threshold, order, NMS per class (unless `iou` is None), clip; takes rounded [n, 4] and [n, nc]."""
+    """Threshold, order, NMS per class, clip; takes rounded [n, 4] and [n, nc]."""
     classes = scores.argmax(1) if len(scores) else np.zeros(0, np.int64)
     best = scores.max(1) if len(scores) else np.zeros(0)
     clipped = np.clip(boxes, 0, limit)
     sides = clipped[:, 2:] - clipped[:, :2]
     usable = np.flatnonzero((best > conf) & (sides > 0).all(1))
     order = usable[np.argsort(-best[usable], kind="stable")]  # equal scores keep the order of the anchors
-    if iou is not None:
-        order = order[nms(boxes[order], classes[order], iou)]
-    order = order[:max_det]
+    order = order[nms(boxes[order], classes[order], iou)][:max_det]
     return Detections(
         clipped[order].astype(np.float32),
         classes[order].astype(np.int64),

@@ -1,0 +1,427 @@
+"""FocusDDTrainer: stock checkpoints, exact resume, replayable pictures, and the refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import NAMES, save_detector, tiny_yaml, write_set
+from safetensors.torch import load_file
+from ultralytics.cfg import get_cfg
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+from focusdd_det import exact_resume
+from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
+from focusdd_det.replay import EpochSampler, ReplayDataset, replay_loader
+from focusdd_det.supervision import Options
+from focusdd_det.trainer import OWN_KEYS, FocusDDTrainer
+
+
+def options(tmp_path: Path, data: Path, **more: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": str(tiny_yaml(tmp_path)),
+        "data": str(data),
+        "epochs": 3,
+        "imgsz": 64,
+        "batch": 4,
+        "project": str(tmp_path / "runs"),
+        "name": "run",
+        "device": "cpu",
+        "plots": False,
+        "verbose": False,
+        "warmup_epochs": 1,
+        "close_mosaic": 1,
+    }
+    return {**base, **more}
+
+
+class Killed(Exception):
+    """Stands for the process dying."""
+
+
+def kill_in(epoch: int) -> dict[str, list[Any]]:
+    def die(trainer: Any) -> None:
+        if trainer.epoch == epoch and trainer._batch == 1:
+            raise Killed
+
+    return {"on_train_batch_end": [die]}
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(file, weights_only=False)
+    return {k: v.clone() for k, v in (checkpoint["ema"] or checkpoint["model"]).state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "time"} for row in csv.DictReader(file)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_own_keys_are_not_keys_of_ultralytics() -> None:
+    assert not set(OWN_KEYS) & (set(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, drawn_set: Path, teacher_file: Path, drawn_coco: Path) -> Path:
+    """A run of three epochs with a teacher, evaluation data and its annotations."""
+    tmp = tmp_path_factory.mktemp("finished")
+    before = files_of(drawn_set)
+    trainer = FocusDDTrainer(
+        overrides=options(tmp, drawn_set, teacher=str(teacher_file), eval_data=str(drawn_coco), multi_scale=0.5)
+    )
+    trainer.train()
+    assert files_of(drawn_set) == before, "the training modified the set"
+    assert trainer.args.optimizer == "SGD"
+    assert trainer.args.augmentations == []
+    assert not any(p.requires_grad for p in trainer.teacher._model.parameters())
+    return tmp / "runs" / "run"
+
+
+def test_run_folder(finished: Path) -> None:
+    table = rows(finished)
+    assert len(table) == 3
+    assert float(table[0]["train/kl_cls_loss"]) > 0
+    assert float(table[0]["train/kl_dfl_loss"]) > 0
+    assert float(table[0]["val/kl_cls_loss"]) == 0
+    assert yaml.safe_load((finished / "focusdd.yaml").read_text())["supervision"] == "both"
+    assert not (finished / "weights" / exact_resume.TENSORS).exists(), "a finished run has nothing to resume"
+    result = json.loads((finished / "coco_eval.json").read_text())
+    assert result["last"]["meaning"] == "headline"
+    assert result["best"]["meaning"] == "selected on val"
+    assert result["last"]["evaluator"].startswith("pycocotools ")
+    assert set(result["last"]["per_class"]) == set(NAMES)
+
+
+def test_args_yaml_is_stock(finished: Path) -> None:
+    args = yaml.safe_load((finished / "args.yaml").read_text())
+    assert not set(args) & set(OWN_KEYS)
+    assert get_cfg(overrides=args).optimizer == "SGD"
+
+
+def test_checkpoints_open_in_stock_ultralytics_without_this_package(finished: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "focusdd_det":
+            raise ImportError("this process has no focusdd_det")
+sys.meta_path.insert(0, Refuse())
+try:
+    import torchvision
+except RuntimeError:  # a CUDA build on a CPU torch, which is not what is tested
+    sys.modules.pop("torchvision", None)
+import torch
+from ultralytics.nn.tasks import load_checkpoint
+for name in ("best", "last"):
+    model, checkpoint = load_checkpoint({str(finished / "weights")!r} + f"/{{name}}.pt")
+    assert type(model).__name__ == "DetectionModel", type(model)
+    assert list(model.names.values()) == {list(NAMES)!r}
+    assert model(torch.zeros(1, 3, 64, 64))[0].shape[1] == 7
+    assert "focusdd" not in repr(checkpoint["train_args"])
+print("opened")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip().endswith("opened"), done.stderr
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolo26"])
+def test_resume_equals_the_unbroken_run(family: str, tmp_path: Path, drawn_set: Path, teacher_file: Path) -> None:
+    model = str(tiny_yaml(tmp_path, family))
+    # batch 4 of 10 pictures and nbs 16: gradients are still being accumulated when an epoch ends
+    common = options(
+        tmp_path,
+        drawn_set,
+        model=model,
+        teacher=str(teacher_file),
+        epochs=4,
+        nbs=16,
+        multi_scale=0.5,
+        optimizer="AdamW",
+    )
+    if family == "yolo11":
+        common["optimizer"] = "SGD"
+    unbroken = FocusDDTrainer(overrides={**common, "name": "unbroken"})
+    unbroken.train()
+    broken = FocusDDTrainer(overrides={**common, "name": "broken"}, _callbacks={**_callbacks(), **kill_in(2)})
+    with pytest.raises(Killed):
+        broken.train()
+    run = tmp_path / "runs" / "broken"
+    assert any(name.startswith("grad.") for name in load_file(run / "weights" / exact_resume.TENSORS))
+    resumed = FocusDDTrainer(overrides={"resume": str(run / "weights" / "last.pt")})
+    resumed.train()
+    assert resumed.start_epoch == 2
+    assert same(weights(tmp_path / "runs" / "unbroken" / "weights" / "last.pt"), weights(run / "weights" / "last.pt"))
+    assert rows(tmp_path / "runs" / "unbroken") == rows(run)
+
+
+def _callbacks() -> dict[str, list[Any]]:
+    from ultralytics.utils import callbacks
+
+    return callbacks.get_default_callbacks()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> tuple[Path, Path, Path]:
+    """A run that died in its second epoch: run folder, its set, its teacher."""
+    tmp = tmp_path_factory.mktemp("killed")
+    data = write_set(tmp / "set")
+    teacher = Path(shutil.copy(teacher_file, tmp / "teacher.pt"))
+    trainer = FocusDDTrainer(
+        overrides=options(tmp, data, teacher=str(teacher)), _callbacks={**_callbacks(), **kill_in(1)}
+    )
+    with pytest.raises(Killed):
+        trainer.train()
+    return tmp / "runs" / "run", data, teacher
+
+
+def test_resume_without_our_files_says_that_it_is_not_exact(
+    killed: tuple[Path, Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Path(shutil.copytree(killed[0], tmp_path / "run"))
+    exact_resume.remove(run / "weights")
+    trainer = FocusDDTrainer(overrides={"resume": str(run / "weights" / "last.pt"), "save_dir": str(run)})
+    trainer.train()
+    assert trainer.epoch == 2
+    assert "will not be exactly" in caplog.text
+
+
+def test_resume_refusals(killed: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    run, data, teacher = killed
+    last = run / "weights" / "last.pt"
+    short = tmp_path / "short" / "last.pt"
+    short.parent.mkdir()
+    short.write_bytes(last.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match=r"cut short[\s\S]*Start a new run"):
+        FocusDDTrainer(overrides={"resume": str(short)})
+
+    teacher.rename(teacher.with_suffix(".gone"))
+    with pytest.raises(WeightsError, match=r"was taught by[\s\S]*teacher=<path>"):
+        FocusDDTrainer(overrides={"resume": str(last)})
+    save_detector(teacher, names=("bar", "other", "disc", "square"), seed=1)
+    with pytest.raises(WeightsError, match="another file than the teacher"):
+        FocusDDTrainer(overrides={"resume": str(last)})
+    teacher.with_suffix(".gone").replace(teacher)
+
+    moved = data.rename(data.with_name("moved"))
+    write_set(data, seed=5)
+    with pytest.raises(VerifyError, match="another set"):
+        FocusDDTrainer(overrides={"resume": str(last)})
+    shutil.rmtree(data)
+    moved.rename(data)
+
+    damaged = Path(shutil.copytree(run, tmp_path / "damaged"))
+    file = damaged / "weights" / exact_resume.TENSORS
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="damaged"):
+        FocusDDTrainer(overrides={"resume": str(damaged / "weights" / "last.pt"), "save_dir": str(damaged)}).train()
+
+
+def test_a_finished_run_is_not_resumed(finished: Path) -> None:
+    with pytest.raises(WeightsError, match="finished run"):
+        FocusDDTrainer(overrides={"resume": str(finished / "weights" / "last.pt")})
+
+
+def test_without_eval_data_nothing_is_quoted(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = FocusDDTrainer(
+        overrides=options(tmp_path, drawn_set, teacher=str(teacher_file), supervision="kl", epochs=1, plots=True)
+    )
+    trainer.train()
+    assert "on training composites" in caplog.text
+    assert "mAP50" not in caplog.text
+    (row,) = rows(tmp_path / "runs" / "run")
+    assert not [name for name in row if name.startswith(("metrics/", "val/"))]
+    assert float(row["train/box_loss"]) == float(row["train/cls_loss"]) == 0  # supervision=kl drops the boxes
+    assert float(row["train/kl_cls_loss"]) > 0
+
+
+def test_ddp_worker_rebuilds_the_trainer_from_its_state(tmp_path: Path, drawn_set: Path, teacher_file: Path) -> None:
+    from ultralytics.utils.dist import generate_ddp_file
+
+    trainer = FocusDDTrainer(overrides=options(tmp_path, drawn_set, teacher=str(teacher_file), epochs=1))
+    script = Path(generate_ddp_file(trainer))
+    try:
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    finally:
+        script.unlink()
+        script.with_suffix(".pt").unlink()
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = rows(tmp_path / "runs" / "run")
+    assert float(row["train/kl_cls_loss"]) > 0
+    assert not set(yaml.safe_load((tmp_path / "runs" / "run" / "args.yaml").read_text())) & set(OWN_KEYS)
+
+
+# ---- pictures ----
+
+
+def dataset(folder: Path, augmentations: list[Any] | None = None, **hyp: Any) -> ReplayDataset:
+    cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 1.0, "mixup": 0.3, "scale": 0.0, "translate": 0.0, **hyp})
+    cfg.augmentations = augmentations or []
+    return ReplayDataset(
+        img_path=str(folder / "images" / "train"),
+        imgsz=64,
+        batch_size=2,
+        augment=True,
+        hyp=cfg,
+        data={"names": dict(enumerate(NAMES)), "channels": 3},
+        task="detect",
+        seed=3,
+    )
+
+
+def pixels(folder: Path, workers: int, **hyp: Any) -> list[torch.Tensor]:
+    import albumentations as A
+
+    data = dataset(folder, [A.RandomBrightnessContrast(p=0.5)], **hyp)
+    loader = replay_loader(data, 2, workers, seed=3)
+    batches = [batch["img"] for _ in range(2) for batch in loader]
+    loader.close()
+    return batches
+
+
+@pytest.mark.parametrize("mosaic", [1.0, 0.0])
+def test_pixels_do_not_depend_on_the_workers(drawn_set: Path, mosaic: float) -> None:
+    alone = pixels(drawn_set, 0, mosaic=mosaic)
+    assert not torch.equal(alone[0], alone[5]), "two epochs must differ"
+    for workers in (1, 2):
+        others = pixels(drawn_set, workers, mosaic=mosaic)
+        assert all(torch.equal(a, b) for a, b in zip(alone, others, strict=True))
+
+
+def test_a_sample_does_not_depend_on_what_came_before_or_disturb_what_comes_after(drawn_set: Path) -> None:
+    import random
+
+    first = dataset(drawn_set)
+    for i in range(5):
+        first[(0, i)]
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    late = first[(2, 7)]["img"]
+    assert random.random() == expected
+    assert torch.equal(late, dataset(drawn_set)[(2, 7)]["img"])
+    assert not torch.equal(late, first[(3, 7)]["img"])
+
+
+def test_every_rank_sees_its_share_once() -> None:
+    shares = [list(EpochSampler(7, 0, rank=rank, world=2)) for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) == 4
+    assert {i for share in shares for _, i in share} == set(range(7))
+    sampler = EpochSampler(7, 0)
+    assert [next(iter(sampler))[0] for _ in range(3)] == [0, 1, 2]
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"supervision": "klx", "teacher": "t.pt"}, "expected labels, kl or both, did you mean kl"),
+        ({"supervision": "both"}, "needs teacher="),
+        ({"teacher": "t.pt", "kl_temperature": 0}, "kl_temperature=0: expected a number > 0"),
+        ({"teacher": "t.pt", "kl_cls": -1}, "kl_cls=-1"),
+        ({"teacher": "t.pt", "kl_beta": float("nan")}, "kl_beta=nan"),
+    ],
+)
+def test_wrong_options(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Options.of(values)
+
+
+def test_refusals_leave_no_run_folder(tmp_path: Path, drawn_set: Path, teacher_file: Path) -> None:
+    def refused(error: type[Exception], match: str, **more: Any) -> None:
+        base = {**options(tmp_path, drawn_set), "teacher": str(teacher_file)}
+        with pytest.raises(error, match=match):
+            FocusDDTrainer(overrides={**base, **more})
+        assert not (tmp_path / "runs").exists()
+
+    refused(ConfigError, "another method", distill_model="yolo11s.pt")
+    refused(WeightsError, "download=True", teacher="yolo11x.pt")
+    refused(WeightsError, "download=True", model="yolo11n.pt")
+    refused(DataError, "data not found", data="nowhere")
+    refused(ConfigError, "a model for segment", model="yolo11n-seg.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"download": "import os"}, DataError, "`download:`"),
+        ({"path": "/"}, DataError, "`path:`"),
+        ({"train": "../elsewhere"}, DataError, "leaves the set"),
+        ({"val": "/etc"}, DataError, "leaves the set"),
+    ],
+)
+def test_a_set_that_reaches_outside_is_refused(
+    tmp_path: Path, teacher_file: Path, change: dict[str, str], error: type[Exception], match: str
+) -> None:
+    data = write_set(tmp_path / "set", count=3)
+    content = yaml.safe_load((data / "data.yaml").read_text())
+    (data / "data.yaml").write_text(yaml.safe_dump({**content, **change}))
+    with pytest.raises(error, match=match):
+        FocusDDTrainer(overrides=options(tmp_path, data, teacher=str(teacher_file)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda s: (s / "COMPLETE").unlink(), "COMPLETE"),
+        (lambda s: (s / "images/train/disc-0000.jpg").unlink(), "lists 4 composites, but Ultralytics keeps 3"),
+        (lambda s: (s / "labels/train/disc-0000.txt").unlink(), "1 without labels"),
+        (lambda s: (s / "labels/train/disc-0000.txt").write_text("0 .5 .5 .1 .1 .9\n"), "keeps 3"),
+        (
+            lambda s: (s / "images/train/disc-0000.jpg").write_bytes(
+                (s / "images/train/disc-0000.jpg").read_bytes()[:-50]
+            ),
+            "cut short",
+        ),
+    ],
+)
+def test_a_damaged_set_is_refused_and_left_as_it_is(
+    tmp_path: Path, teacher_file: Path, damage: Any, match: str
+) -> None:
+    data = write_set(tmp_path / "set", count=4)
+    damage(data)
+    before = files_of(data)
+    with pytest.raises(VerifyError, match=match):
+        FocusDDTrainer(overrides=options(tmp_path, data, teacher=str(teacher_file))).train()
+    assert files_of(data) == before
+
+
+def test_a_label_cache_in_the_set_is_never_opened(tmp_path: Path, teacher_file: Path) -> None:
+    import pickle
+
+    import numpy as np
+
+    data = write_set(tmp_path / "set", count=4)
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return Path.touch, (canary,)
+
+    with (data / "labels" / "train.cache").open("wb") as file:
+        np.save(file, np.array(Bomb(), dtype=object), allow_pickle=True)
+    assert b"touch" in (data / "labels" / "train.cache").read_bytes()
+    before = files_of(data)
+    FocusDDTrainer(overrides=options(tmp_path, data, teacher=str(teacher_file), epochs=1)).train()
+    assert not canary.exists()
+    assert files_of(data) == before
+    assert pickle
