@@ -25,7 +25,7 @@ from focusdd_det.config import BuildConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import VerifyError
-from focusdd_det.labels import carry, confirms, drop_slivers, join, rows
+from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, rows
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan
 from focusdd_det.scores import Row, ScoreStore
@@ -291,7 +291,7 @@ def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], i
     side = config.image_size / config.grid
     squares = [((i % config.grid) * side, (i // config.grid) * side, side) for i in range(config.grid**2)]
     labels = found[0] if config.label_on == "composite" else _carried(config, draft, found, squares, classes)
-    labels = drop_slivers(labels, config.min_side)
+    labels = drop_repeats(drop_slivers(labels, config.min_side), config.image_size)
     if not len(labels) and config.empty == "replace":
         return False
     cells = tuple(

@@ -50,6 +50,17 @@ def join(parts: list[Detections], classes: int) -> Detections:
     )
 
 
+def drop_repeats(found: Detections, size: int) -> Detections:
+    """Without rows that would be written twice: boxes of one class that became equal when they were clipped."""
+    seen: set[tuple[int, ...]] = set()
+    keep = np.zeros(len(found), np.bool_)
+    for i, (box, index) in enumerate(zip(found.boxes, found.classes, strict=True)):
+        row = (int(index), *_steps(box, size))
+        keep[i] = row not in seen
+        seen.add(row)
+    return found.keep(keep)
+
+
 def rows(found: Detections, size: int) -> str:
     """YOLO label rows: `class cx cy w h`, relative to a picture of size x size px, six decimals, a line a box.
 
@@ -57,12 +68,15 @@ def rows(found: Detections, size: int) -> str:
     """
     lines = []
     for box, index in zip(found.boxes, found.classes, strict=True):
-        # Whole steps of 2e-6, so that the centre has six decimals too.
-        x1, y1, x2, y2 = (min(max(round(float(v) / size * 5e5), 0), 500_000) * 2 for v in box)
-        centre_x, centre_y, width, height = (x1 + x2) // 2, (y1 + y2) // 2, x2 - x1, y2 - y1
-        if width > 0 and height > 0:
-            lines.append(f"{int(index)} " + " ".join(f"{v / 1e6:.6f}" for v in (centre_x, centre_y, width, height)))
-    return "".join(line + "\n" for line in lines)
+        x1, y1, x2, y2 = _steps(box, size)
+        centre_and_size = ((x1 + x2) // 2, (y1 + y2) // 2, x2 - x1, y2 - y1)
+        lines.append(f"{int(index)} " + " ".join(f"{v / 1e6:.6f}" for v in centre_and_size) + "\n")
+    return "".join(lines)
+
+
+def _steps(box: Floats, size: int) -> tuple[int, ...]:
+    """Corners in millionths of the side, in whole steps of two, so that the centre has six decimals as well."""
+    return tuple(min(max(round(float(v) / size * 5e5), 0), 500_000) * 2 for v in box)
 
 
 def parse_rows(text: str, classes: int) -> np.ndarray:
@@ -89,7 +103,7 @@ def parse_rows(text: str, classes: int) -> np.ndarray:
 
 
 def confirms(found: Detections, class_index: int, cell: tuple[float, float, float]) -> bool:
-    """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher sees the source's class."""
+    """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher confirms it."""
     left, top, side = cell
     centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - np.array([left, top], np.float32)
     inside = ((centres >= 0) & (centres < side)).all(axis=1)

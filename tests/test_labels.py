@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from focusdd_det.labels import carry, confirms, drop_slivers, join, parse_rows, rows
+from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
 from focusdd_det.types import Crop, Detections
 
 
@@ -83,3 +83,11 @@ def test_a_cell_is_confirmed_by_a_box_of_its_class_centred_in_it() -> None:
 def test_joining_nothing_gives_nothing() -> None:
     assert len(join([Detections.none(3), Detections.none(3)], 3)) == 0
     assert len(join([found((0, 0, 1, 1)), Detections.none(3), found((1, 1, 2, 2))], 3)) == 2
+
+
+def test_boxes_that_became_equal_are_written_once() -> None:
+    kept = drop_repeats(
+        found((0, 0, 10, 10), (0, 0, 10.00001, 10), (0, 0, 10, 10), (0, 0, 10, 11), classes=[0, 0, 1, 0]), 64
+    )
+    assert kept.classes.tolist() == [0, 1, 0]
+    assert len(set(rows(kept, 64).splitlines())) == 3
