@@ -253,7 +253,7 @@ def _height_width(name: str) -> tuple[int, int]:
     try:
         with PILImage.open(name) as picture:
             width, height = exif_size(picture)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # Ultralytics answers an unknown format with an import
         raise DataError(f"{name} is not a readable picture ({error}); replace it") from error
     return height, width
 

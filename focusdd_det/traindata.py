@@ -18,6 +18,7 @@ from ultralytics.utils import ROOT, USER_CONFIG_DIR
 from focusdd_det import detset
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import DataError, VerifyError
+from focusdd_det.replay import CleanDataset
 from focusdd_det.teacher import file_sha256
 
 SPLITS = ("train", "val", "test")
@@ -144,3 +145,34 @@ def provide_font() -> None:
     for name in missing:
         shutil.copyfile(source, folder / name)
         fonts.addfont(str(folder / name))
+
+
+def rename_classes(dataset: CleanDataset, names: dict[int, str], wanted: dict[int, str]) -> None:
+    """Class numbers of the evaluation data into the training data's, by name; other classes are dropped."""
+    index = {name: i for i, name in wanted.items()}
+    table = {i: index.get(name, -1) for i, name in names.items()}
+    for label in dataset.labels:
+        classes = label["cls"][:, 0].astype(int)
+        new = classes.copy()
+        for k, old in enumerate(classes):
+            new[k] = table[int(old)]
+        keep = new >= 0
+        label["cls"] = new[keep, None].astype(label["cls"].dtype)
+        label["bboxes"] = label["bboxes"][keep]
+        if label["segments"]:
+            label["segments"] = [s for s, k in zip(label["segments"], keep, strict=True) if k]
+
+
+def check_count(dataset: CleanDataset, source: TrainData) -> None:
+    """Every composite of the manifest, and no other picture, is trained on.
+
+    Raises:
+        VerifyError: Ultralytics dropped some, or a label file is missing.
+    """
+    if len(dataset) == source.count and not dataset.missing_labels:
+        return
+    told = "\n  ".join(dataset.dropped[:5]) or "images without a label file"
+    raise VerifyError(
+        f"{source.folder}: the manifest lists {source.count} composites, but Ultralytics keeps {len(dataset)} "
+        f"images ({dataset.missing_labels} without labels).\n  {told}\nThe set is damaged or was edited; build it again"
+    )

@@ -7,11 +7,9 @@ YOLO("yolo11n.yaml").train(trainer=FocusDDTrainer, data="sets/coco50", teacher="
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -19,36 +17,25 @@ from typing import Any
 import torch
 import ultralytics
 import yaml
-from torch import nn
-from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
-from ultralytics.utils.checks import check_model_file_from_stem
-from ultralytics.utils.files import get_latest_run
-from ultralytics.utils.torch_utils import strip_optimizer, torch_distributed_zero_first, unwrap_model
+from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
+from focusdd_det.precision import local_amp_check
 from focusdd_det.replay import CleanDataset, ReplayDataset, check_jpeg_tails, replay_loader, rewind
+from focusdd_det.run_files import WholePath, cut_results, find_last, model_argument, resumable_args, strip
 from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
-from focusdd_det.teacher import Detector, file_sha256, load_detector, resolve_weights, safe_read, safe_ultralytics
-from focusdd_det.traindata import TrainData, load_yolo_data, resolve_data
+from focusdd_det.teacher import Detector, file_sha256, load_detector, resolve_weights, safe_ultralytics
+from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data
 
 ORIGIN_KEY = "focusdd_origin"  # hashes of the set and the teacher, kept in the checkpoint's arguments
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
 OPTIMIZER = "SGD"  # of the official YOLO11 recipe; Ultralytics' `auto` changes optimizer with the number of iterations
 PREFIX = colorstr("focusdd: ")
 ON_COMPOSITES = "on training composites: not a measure of quality, so not validated and no mAP is quoted"
-
-
-class WholePath(type(Path())):  # type: ignore[misc]
-    """A path whose write_bytes is atomic: Ultralytics writes its checkpoints with it."""
-
-    def write_bytes(self, data: Any) -> int:
-        write_atomic(Path(self), bytes(data))
-        return len(data)
 
 
 class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
@@ -62,6 +49,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         DataError, VerifyError: data that cannot be used, or a set that is not what its manifest says.
         WeightsError: teacher, model or resume files missing, damaged, unsafe or not fitting.
     """
+
+    loss_names: tuple[str, ...]
 
     def __init__(
         self,
@@ -99,8 +88,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Ultralytics' check, then every option and path, so that a mistake costs no run folder."""
         resumed: dict[str, Any] = {}
         if self.args.resume:
-            last = self._find_last(self.args.resume)
-            resumed = _resumable_args(last)
+            last = find_last(self.args.resume)
+            resumed = resumable_args(last)
             self.args.resume = str(last)
         super().check_resume(overrides)
         for key in OWN_KEYS:
@@ -117,26 +106,13 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
         self.args.data = str(self.source.yaml)
-        self.args.model = _model_argument(self.args.model, self.options.download)
+        self.args.model = model_argument(self.args.model, self.options.download)
         if isinstance(self.args.pretrained, (str, Path)):
             self.args.pretrained = str(resolve_weights(self.args.pretrained, self.options.download))
         self._check_teacher_file(bool(resumed))
         self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
         if resumed:
             self._check_origin(before.get(ORIGIN_KEY) or {})
-
-    @staticmethod
-    def _find_last(resume: Any) -> Path:
-        if isinstance(resume, (str, Path)):
-            path = Path(resume)
-            file = path / "weights" / "last.pt" if path.is_dir() else path
-            if not file.is_file():
-                raise WeightsError(f"nothing to resume: {file} does not exist; expected a run's weights/last.pt")
-            return file
-        latest = get_latest_run()
-        if not latest:
-            raise WeightsError("nothing to resume here; give the checkpoint: resume=<run>/weights/last.pt")
-        return Path(latest)
 
     def _check_teacher_file(self, resuming: bool) -> None:
         self._teacher_file: Path | None = None
@@ -227,13 +203,13 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         if not train:
             dataset = CleanDataset(**common)
             if self.eval_source is not None and not self.args.single_cls:
-                _rename_classes(dataset, self.eval_source["names"], self.data["names"])
+                rename_classes(dataset, self.eval_source["names"], self.data["names"])
             return dataset
         if self.source.folder is not None:
             check_jpeg_tails([str(f) for f in sorted((self.source.folder / "images" / "train").glob("*"))])
         dataset = ReplayDataset(**common, seed=self.args.seed)
         if self.source.folder is not None and self.args.fraction == 1.0:
-            _check_count(dataset, self.source)
+            check_count(dataset, self.source)
         return dataset
 
     def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
@@ -265,7 +241,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     # ---- model, teacher, criterion ----
 
     def _setup_train(self) -> None:
-        with safe_ultralytics(), _local_amp_check():
+        with safe_ultralytics(), local_amp_check():
             super()._setup_train()
         model = unwrap_model(self.model)
         head = model.model[-1]
@@ -399,7 +375,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         self.best_fitness = state.counters["best_fitness"]
         self.stopper.__dict__.update(state.counters["stopper"])
         self._state = state
-        _cut_results(self.csv, self.start_epoch)
+        cut_results(self.csv, self.start_epoch)
         LOGGER.info(f"{PREFIX}resuming exactly after epoch {self.start_epoch}")
 
     def _continue_from(self, state: exact_resume.ResumeState) -> None:
@@ -439,9 +415,9 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Strip the checkpoints, validate best.pt on `eval_data`, and quote the official COCO mAP of last.pt."""
         with torch_distributed_zero_first(LOCAL_RANK):
             if RANK in {-1, 0} and Path(self.last).is_file():
-                results = _strip(self.last, None).get("train_results")
+                results = strip(self.last, None).get("train_results")
                 if Path(self.best).is_file():
-                    _strip(self.best, {"train_results": results})
+                    strip(self.best, {"train_results": results})
         if self.eval_source is not None and Path(self.best).is_file():
             LOGGER.info(f"\nValidating {self.best} with Ultralytics' own mAP (selected on this very split)...")
             self.validator.args.plots = self.args.plots
@@ -478,116 +454,6 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
         coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
-
-
-def _resumable_args(last: Path) -> dict[str, Any]:
-    """The arguments of the run that a last.pt belongs to; refuses a file that cannot be resumed."""
-    try:
-        checkpoint = safe_read(last)
-    except WeightsError as error:
-        others = [p.name for p in sorted(last.parent.glob("*.pt")) if p != last]
-        beside = f"model={last.parent / others[0]}" if others else "another checkpoint"
-        raise WeightsError(
-            f"cannot resume: {error}\nStart a new run from {beside}, or run the original command again"
-        ) from error
-    model = checkpoint.get("ema") or checkpoint.get("model")
-    if checkpoint.get("epoch", -1) < 0 or checkpoint.get("optimizer") is None or not isinstance(model, nn.Module):
-        raise WeightsError(
-            f"{last} is the checkpoint of a finished run (no optimizer in it), so there is nothing to resume; "
-            f"start a new run from it with model={last}"
-        )
-    args = checkpoint.get("train_args") or {}
-    return dict(args) if isinstance(args, Mapping) else vars(args)
-
-
-def _model_argument(model: Any, download: bool) -> str:
-    """A .pt that exists, or a YAML of a detector; never something that Ultralytics would fetch."""
-    if model is None:
-        raise ConfigError("model= is missing; e.g. model=yolo11n.yaml trains YOLO11n from scratch")
-    name = str(check_model_file_from_stem(str(model)))
-    if Path(name).suffix == ".pt":
-        return str(resolve_weights(name, download))
-    task = guess_model_task(name) if Path(name).suffix in (".yaml", ".yml") else "detect"
-    if task != "detect":
-        raise ConfigError(f"model={model} is a model for {task}; expected a detector such as yolo11n.yaml")
-    return name
-
-
-def _rename_classes(dataset: CleanDataset, names: dict[int, str], wanted: dict[int, str]) -> None:
-    """Class numbers of the evaluation data into the training data's, by name; other classes are dropped."""
-    index = {name: i for i, name in wanted.items()}
-    table = {i: index.get(name, -1) for i, name in names.items()}
-    for label in dataset.labels:
-        classes = label["cls"][:, 0].astype(int)
-        new = classes.copy()
-        for k, old in enumerate(classes):
-            new[k] = table[int(old)]
-        keep = new >= 0
-        label["cls"] = new[keep, None].astype(label["cls"].dtype)
-        label["bboxes"] = label["bboxes"][keep]
-        if label["segments"]:
-            label["segments"] = [s for s, k in zip(label["segments"], keep, strict=True) if k]
-
-
-def _check_count(dataset: CleanDataset, source: TrainData) -> None:
-    if len(dataset) == source.count and not dataset.missing_labels:
-        return
-    told = "\n  ".join(dataset.dropped[:5]) or "images without a label file"
-    raise VerifyError(
-        f"{source.folder}: the manifest lists {source.count} composites, but Ultralytics keeps {len(dataset)} "
-        f"images ({dataset.missing_labels} without labels).\n  {told}\nThe set is damaged or was edited; build it again"
-    )
-
-
-@contextlib.contextmanager
-def _local_amp_check() -> Iterator[None]:
-    """Ultralytics checks mixed precision with a model that it downloads; this checks with the student."""
-    before = engine.check_amp
-    engine.check_amp = amp_is_sound
-    try:
-        yield
-    finally:
-        engine.check_amp = before
-
-
-@torch.no_grad()
-def amp_is_sound(model: nn.Module) -> bool:
-    """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU."""
-    parameter = next(model.parameters())
-    if parameter.device.type != "cuda":
-        return False
-    training = model.training
-    model.eval()
-    generator = torch.Generator(parameter.device).manual_seed(0)
-    x = torch.rand(2, 3, 256, 256, device=parameter.device, generator=generator)
-    full = model(x)[0].float()
-    with torch.autocast("cuda", dtype=torch.float16):
-        half = model(x)[0].float()
-    model.train(training)
-    sound = bool(torch.isfinite(half).all()) and torch.allclose(full[:, 4:], half[:, 4:], atol=0.05)
-    if not sound:
-        LOGGER.warning(f"{PREFIX}mixed precision is not sound on this GPU; training in float32")
-    return sound
-
-
-def _strip(file: Path, updates: dict[str, Any] | None) -> dict[str, Any]:
-    """Ultralytics' strip_optimizer, replacing the file whole."""
-    temporary = Path(file).with_name(f".{file.name}.tmp.pt")
-    shutil.copyfile(file, temporary)
-    stripped: dict[str, Any] = strip_optimizer(temporary, updates=updates)
-    if stripped:
-        temporary.replace(file)
-    temporary.unlink(missing_ok=True)
-    return stripped
-
-
-def _cut_results(csv: Path, epochs: int) -> None:
-    """Drop rows of epochs that will be run again."""
-    if not csv.is_file():
-        return
-    head, *rows = csv.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if row.strip() and float(row.split(",")[0]) <= epochs]
-    write_atomic(csv, ("\n".join([head, *kept]) + "\n").encode())
 
 
 def _plain(value: Any) -> float | None:

@@ -1,0 +1,97 @@
+"""Files of a run: what `model=` and `resume=` mean, and checkpoints that are replaced whole."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils.checks import check_model_file_from_stem
+from ultralytics.utils.files import get_latest_run
+from ultralytics.utils.torch_utils import strip_optimizer
+
+from focusdd_det.detset import write_atomic
+from focusdd_det.errors import ConfigError, WeightsError
+from focusdd_det.teacher import resolve_weights, safe_read
+
+
+class WholePath(type(Path())):  # type: ignore[misc]
+    """A path whose write_bytes is atomic: Ultralytics writes its checkpoints with it."""
+
+    def write_bytes(self, data: Any) -> int:
+        write_atomic(Path(self), bytes(data))
+        return len(data)
+
+
+def find_last(resume: Any) -> Path:
+    """The last.pt that `resume=` means: a file, a run folder, or True for the latest run.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if isinstance(resume, (str, Path)):
+        path = Path(resume)
+        file = path / "weights" / "last.pt" if path.is_dir() else path
+        if not file.is_file():
+            raise WeightsError(f"nothing to resume: {file} does not exist; expected a run's weights/last.pt")
+        return file
+    latest = get_latest_run()
+    if not latest:
+        raise WeightsError("nothing to resume here; give the checkpoint: resume=<run>/weights/last.pt")
+    return Path(latest)
+
+
+def resumable_args(last: Path) -> dict[str, Any]:
+    """The arguments of the run that a last.pt belongs to; refuses a file that cannot be resumed."""
+    try:
+        checkpoint = safe_read(last)
+    except WeightsError as error:
+        others = [p.name for p in sorted(last.parent.glob("*.pt")) if p != last]
+        beside = f"model={last.parent / others[0]}" if others else "another checkpoint"
+        raise WeightsError(
+            f"cannot resume: {error}\nStart a new run from {beside}, or run the original command again"
+        ) from error
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if checkpoint.get("epoch", -1) < 0 or checkpoint.get("optimizer") is None or not isinstance(model, nn.Module):
+        raise WeightsError(
+            f"{last} is the checkpoint of a finished run (no optimizer in it), so there is nothing to resume; "
+            f"start a new run from it with model={last}"
+        )
+    args = checkpoint.get("train_args") or {}
+    return dict(args) if isinstance(args, Mapping) else vars(args)
+
+
+def model_argument(model: Any, download: bool) -> str:
+    """A .pt that exists, or a YAML of a detector; never something that Ultralytics would fetch."""
+    if model is None:
+        raise ConfigError("model= is missing; e.g. model=yolo11n.yaml trains YOLO11n from scratch")
+    name = str(check_model_file_from_stem(str(model)))
+    if Path(name).suffix == ".pt":
+        return str(resolve_weights(name, download))
+    task = guess_model_task(name) if Path(name).suffix in (".yaml", ".yml") else "detect"
+    if task != "detect":
+        raise ConfigError(f"model={model} is a model for {task}; expected a detector such as yolo11n.yaml")
+    return name
+
+
+def strip(file: Path, updates: dict[str, Any] | None) -> dict[str, Any]:
+    """Ultralytics' strip_optimizer, replacing the file whole."""
+    temporary = Path(file).with_name(f".{file.name}.tmp.pt")
+    shutil.copyfile(file, temporary)
+    stripped: dict[str, Any] = strip_optimizer(temporary, updates=updates)
+    if stripped:
+        temporary.replace(file)
+    temporary.unlink(missing_ok=True)
+    return stripped
+
+
+def cut_results(csv: Path, epochs: int) -> None:
+    """Drop rows of epochs that will be run again."""
+    if not csv.is_file():
+        return
+    head, *rows = csv.read_text(encoding="utf-8").splitlines()
+    kept = [row for row in rows if row.strip() and float(row.split(",")[0]) <= epochs]
+    write_atomic(csv, ("\n".join([head, *kept]) + "\n").encode())
