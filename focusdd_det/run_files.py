@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics.nn.tasks import guess_model_task
+from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import strip_optimizer
@@ -71,7 +71,12 @@ def model_argument(model: Any, download: bool) -> str:
     name = str(check_model_file_from_stem(str(model)))
     if Path(name).suffix == ".pt":
         return str(resolve_weights(name, download))
-    task = guess_model_task(name) if Path(name).suffix in (".yaml", ".yml") else "detect"
+    if Path(name).suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"model={model}: expected a .yaml (from scratch) or a .pt (from its weights)")
+    try:
+        task = guess_model_task(yaml_model_load(name))
+    except FileNotFoundError as error:
+        raise ConfigError(f"model={model}: no such YAML here or in Ultralytics; e.g. yolo11n.yaml") from error
     if task != "detect":
         raise ConfigError(f"model={model} is a model for {task}; expected a detector such as yolo11n.yaml")
     return name

@@ -106,6 +106,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
         self.args.data = str(self.source.yaml)
+        self._described = self._describe_data()
         self.args.model = model_argument(self.args.model, self.options.download)
         if isinstance(self.args.pretrained, (str, Path)):
             self.args.pretrained = str(resolve_weights(self.args.pretrained, self.options.download))
@@ -145,6 +146,9 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def get_dataset(self) -> dict[str, Any]:
         """The set's description for Ultralytics; its val split is that of `eval_data`, or the set's own."""
+        return self._described
+
+    def _describe_data(self) -> dict[str, Any]:
         data = load_yolo_data(self.source.yaml, "train")
         if self.args.single_cls:
             data["names"], data["nc"] = {0: "item"}, 1

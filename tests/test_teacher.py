@@ -193,7 +193,7 @@ def test_heads_are_raw_and_carry_no_gradient(tmp_path: Path, family: str, reg_ma
 @pytest.mark.parametrize("family", ["yolo11", "yolo26"])
 def test_a_picture_gives_the_same_alone_and_among_others(tmp_path: Path, family: str) -> None:
     detector = load_detector(save_detector(tmp_path / "t.pt", family))
-    images = pictures(5)
+    images = pictures(3)
     together = detector.detect(images, conf=0.1, batch=2)
     assert sum(map(len, together)) > 10
     alone = [detector.detect([image], conf=0.1, batch=2)[0] for image in images]

@@ -356,7 +356,11 @@ def test_refusals_leave_no_run_folder(tmp_path: Path, drawn_set: Path, teacher_f
     refused(ConfigError, "another method", distill_model="yolo11s.pt")
     refused(WeightsError, "download=True", teacher="yolo11x.pt")
     refused(WeightsError, "download=True", model="yolo11n.pt")
+    refused(ConfigError, "no such YAML", model="yolo11nn.yaml")
+    refused(ConfigError, "expected a .yaml", model="yolo11n.onnx")
     refused(DataError, "data not found", data="nowhere")
+    refused(DataError, "images not found", data="coco8.yaml")  # known to Ultralytics, which would download it
+    refused(DataError, "images not found", eval_data="coco8.yaml")
     refused(ConfigError, "a model for segment", model="yolo11n-seg.yaml")
 
 
