@@ -21,8 +21,7 @@ from focusdd_det.teacher import file_sha256, resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
 SHIPPED = "train_det.yaml"
-NOT_SHIPPED_ON_RESUME = ("model", "data")  # a resumed run has its own
-TRAIN_EXTRA: dict[str, Any] = {"augmentations": [], "save_dir": None}  # Ultralytics takes them although its YAML lacks them
+TRAIN_EXTRA: dict[str, Any] = {"augmentations": [], "save_dir": None}  # taken by Ultralytics, not in its YAML
 VERBATIM = (
     "model",
     "data",
