@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from focusdd_det import detset
 from focusdd_det.composites import Bench, compose_all
-from focusdd_det.config import BuildConfig, as_plain, load
+from focusdd_det.config import BuildConfig, as_plain, load, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
@@ -82,11 +82,10 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
     started = time.monotonic()
     plan = make_plan(config)
     log.info("%s", plan.table())
-    out = Path(config.out)
+    out = _out(config)
     work = out.with_name(out.name + detset.INCOMPLETE)
-    detset.refuse_overlap(out, [root.path for root in plan.roots])
-    if config.scores:
-        detset.refuse_overlap(Path(config.scores), [root.path for root in plan.roots])
+    for target in (out, work, Path(config.scores or out)):
+        detset.refuse_overlap(target, [root.path for root in plan.roots])
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
@@ -108,18 +107,31 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
             with _phase(seconds, "score"):
                 _score(config, plan, store, selector)
             with _phase(seconds, "compose"):
-                made = compose_all(Bench(config, plan, method, store, selector, detector, work, _workers(config)))
+                items = compose_all(Bench(config, plan, method, store, selector, detector, work, _workers(config)))
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
+                _report_repeats(store.repeats())
         finally:
             store.close()
-        _finish(work, config, plan, identity, quarantined, counts, seconds)
-    _publish(work, out, config)
-    log.info("%s: %d composites", out, sum(made.values()))
+        if config.grow_from:
+            _check_grown(Path(config.grow_from), items)
+        _finish(work, out, config, plan, identity, items, quarantined, counts, seconds)
+        _publish(work, out, config)
+    log.info("%s: %d composites", out, len(items))
     return _result(out, plan, seconds)
 
 
 # --- before the work
+
+
+def _out(config: BuildConfig) -> Path:
+    """The folder of the set; what a link stands for, so that the set is built beside its place."""
+    out = Path(config.out)
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if not config.out.strip() or not out.name:
+        raise ConfigError(f"out={config.out!r}: expected the path of a new folder, such as datasets/focusdd")
+    return out
 
 
 def _identity(config: BuildConfig, plan: Plan, selector: Selector | None, detector: Detector) -> dict[str, Any]:
@@ -182,7 +194,8 @@ def _already_there(out: Path, work: Path, identity: dict[str, Any], config: Buil
             raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
         changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
         if changed and config.overwrite:
-            detset.remove_ours(work)
+            with detset.locked(work):
+                detset.remove_ours(work)
         elif changed:
             raise ConfigError(_refusal(f"{work} was begun with another configuration", changed))
     return False
@@ -199,10 +212,20 @@ def _reopen(out: Path, work: Path, identity: dict[str, Any]) -> None:
     """Turn a damaged set back into one that is being built; what is not part of it is moved aside, never deleted."""
     if work.exists():
         raise DiskError(f"both {out} and {work} exist; move one of them away")
-    detset.set_strays_aside(out, out.with_name(out.name + ".strays"))
-    out.replace(work)
-    (work / "COMPLETE").unlink(missing_ok=True)
+    detset.set_strays_aside(out, _aside(out))
+    try:
+        out.replace(work)
+        (work / "COMPLETE").unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"cannot reopen {out} as {work}: {error.strerror}; fix that, or choose another `out`"
+        ) from error
     detset.write_atomic(work / "build.yaml", _identity_bytes(identity))
+
+
+def _aside(out: Path) -> Path:
+    """Where things go that lie in a set and are no part of it."""
+    return out.with_name(out.name + ".strays")
 
 
 def _identity_bytes(identity: dict[str, Any]) -> bytes:
@@ -212,8 +235,8 @@ def _identity_bytes(identity: dict[str, Any]) -> bytes:
 
 def _read_identity(folder: Path) -> Any:
     try:
-        return yaml.safe_load((folder / "build.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
@@ -238,14 +261,25 @@ def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
         raise ConfigError(f"grow_from={source}: only a larger ipc may differ, but:\n  {listed}")
     if identity["config"]["selection"] != "grow":
         raise ConfigError("grow_from: selection=paper depends on the ipc and cannot be grown; use selection=grow")
-    have = {item.id for item in detset.read_manifest(work, tolerant=True)}
+    have = {item.line() for item in detset.read_manifest(work, tolerant=True) if detset.intact(work, item)}
     for item in detset.read_manifest(source):
-        if item.id not in have:
+        if item.line() not in have:
             for part in detset.PARTS:
                 detset.write_atomic(
                     detset.part_path(work, part, item.id), detset.part_path(source, part, item.id).read_bytes()
                 )
             detset.append(work, item)
+
+
+def _check_grown(source: Path, items: Sequence[detset.Item]) -> None:
+    """The larger set must begin with the composites of the smaller one, to the byte."""
+    lines = {item.line() for item in items}
+    other = [item.id for item in detset.read_manifest(source) if item.line() not in lines]
+    if other:
+        raise DataError(
+            f"grow_from={source}: {len(other)} of its composites cannot be made of the sources as they are now "
+            f"({', '.join(other[:3])} ...): sources were added, removed or changed since. Build without grow_from"
+        )
 
 
 def _require_space(work: Path, plan: Plan, config: BuildConfig) -> None:
@@ -294,26 +328,31 @@ def _columns(config: BuildConfig, plan: Plan, selector: Selector | None) -> dict
 # --- after the work
 
 
+def _report_repeats(repeats: Sequence[tuple[str, int]]) -> None:
+    if repeats:
+        shown = ", ".join(f"{path} ({count} times)" for path, count in repeats[:5])
+        log.info("the same picture under several names, used once a class: %d, such as %s", len(repeats), shown)
+
+
 def _finish(
     work: Path,
+    out: Path,
     config: BuildConfig,
     plan: Plan,
     identity: dict[str, Any],
+    items: Sequence[detset.Item],
     quarantined: Sequence[tuple[str, str, str]],
     counts: dict[str, tuple[int, int]],
     seconds: dict[str, float],
 ) -> None:
     """Put the manifest in plan order, write what describes the set, seal it."""
-    place = {group.name: i for i, group in enumerate(plan.groups)}
-    ready = {item.id: item for item in detset.read_manifest(work, tolerant=True)}
-    items = sorted(ready.values(), key=lambda item: (place[item.group], item.index))
     if not items:
         raise DataError(
             "no composite was made: the teacher found nothing in any of them. Look at the sources, lower conf, "
             "or keep empty composites with empty=keep"
         )
     detset.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
-    detset.sweep(work, {item.id for item in items})
+    detset.sweep(work, {item.id for item in items}, _aside(out))
     detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names))
     detset.write_atomic(work / "README.md", card(items, plan, identity, counts).encode())
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
@@ -332,19 +371,30 @@ def _finish(
     if not config.scores:
         (work / "scores.sqlite").unlink(missing_ok=True)
     detset.write_atomic(work / "COMPLETE", detset.seal(work))
-    (work / ".lock").unlink(missing_ok=True)
 
 
 def _publish(work: Path, out: Path, config: BuildConfig) -> None:
     """`<out>.incomplete` becomes `out`; an older set makes room only now that the new one is whole."""
+    replaced = out.with_name(out.name + ".replaced")
     try:
+        (work / ".lock").unlink(missing_ok=True)
         if out.exists() and any(out.iterdir()):
             if not config.overwrite:
                 raise DiskError(f"{out} appeared while the set was built; the new set is complete in {work}")
-            detset.remove_ours(out)
+            if not detset.is_ours(out):
+                raise DiskError(f"{out} is not a set of this program; it is not replaced. The new one is in {work}")
+            if replaced.exists():  # of a replacement that was cut off
+                detset.remove_ours(replaced)
+            out.replace(replaced)
         work.replace(out)
+        (out / ".lock").unlink(missing_ok=True)  # of a build that was started in this very moment
     except OSError as error:
-        raise DiskError(f"the set is complete in {work} but cannot be renamed to {out}: {error.strerror}") from error
+        raise DiskError(
+            f"the set is complete in {work} but cannot be renamed to {out}: {error.strerror}; fix that and run the "
+            "same command again"
+        ) from error
+    if replaced.exists():
+        detset.remove_ours(replaced)
 
 
 def _result(out: Path, plan: Plan, seconds: dict[str, float]) -> BuildResult:
@@ -363,6 +413,12 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _device(config: BuildConfig) -> str:
     if config.device != "auto":
+        try:
+            torch.zeros(1, device=config.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"device={config.device}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0"
+            ) from error
         return config.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 

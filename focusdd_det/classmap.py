@@ -87,7 +87,8 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
     undecided: set[str] = set()  # near to two classes: a picture of it could be either, so it stands for none
     known = set(imagenet_synsets())
     for name, entry in content.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("coco_id"), int):
+        problems += _unusable(name)
+        if not isinstance(entry, dict) or type(entry.get("coco_id")) is not int:
             problems.append(f"`{name}` needs a coco_id and lists {', '.join(LEVELS)}")
             continue
         if entry["coco_id"] in order:
@@ -98,6 +99,9 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
             f"`{name}`: unknown key `{key}`{suggest(str(key), LEVELS)}" for key in sorted(map(str, unknown_keys))
         ]
         for level in (level for level in LEVELS if level in levels):
+            if not isinstance(entry.get(level) or [], list):
+                problems.append(f"`{name}`: {level} must be a list of synsets")
+                continue
             for item in entry.get(level) or []:
                 folder = str(next(iter(item))) if isinstance(item, dict) and item else str(item)
                 if folder not in known:
@@ -112,6 +116,8 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
                     else:
                         problems.append(f"`{folder}` is {level} in `{rank[folder][1]}` and in `{name}`: choose one")
                 rank[folder] = min(rank.get(folder, place), place)
+    if not content:
+        problems.append("it is empty; expected classes with their coco_id and synsets, or `names`")
     if sorted(order) != list(range(len(order))):
         problems.append(f"coco_id must run from 0 to {len(order) - 1} without gaps")
     _report(path, problems)
@@ -135,7 +141,8 @@ def read_folder_map(path: Path, names: Sequence[str]) -> dict[str, str]:
     table = content.get("folders", content)
     if not isinstance(table, dict) or not table:
         raise DataError(f"{path}: expected `folder: class` lines")
-    problems = [
+    problems = [problem for folder in table for problem in _unusable(folder)]
+    problems += [
         f"`{folder}: {name}`: the set has no such class{suggest(str(name), list(names))}"
         for folder, name in table.items()
         if str(name) not in names
@@ -146,20 +153,23 @@ def read_folder_map(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _plain(path: Path, content: dict[str, Any]) -> ClassMap:
     names = content["names"]
-    if isinstance(names, dict):
+    if isinstance(names, dict) and all(type(key) is int for key in names):
         names = [names[key] for key in sorted(names)]
     if not isinstance(names, list) or not names:
         raise DataError(f"{path}: `names` must be a list of class names")
+    unusable = [problem for name in names for problem in _unusable(name)]
     names = tuple(str(name) for name in names)
     folders = content.get("folders", {name: name for name in names})
     problems = [
         f"unknown key `{key}`{suggest(str(key), ['names', 'folders'])}" for key in set(content) - {"names", "folders"}
     ]
+    problems += unusable
     if len(set(names)) != len(names):
         problems.append("`names` has a class twice")
     if not isinstance(folders, dict):
         problems.append("`folders` must be `folder: class` lines")
         folders = {}
+    problems += [problem for folder in folders for problem in _unusable(folder)]
     problems += [
         f"`{folder}: {name}`: not among names{suggest(str(name), names)}"
         for folder, name in folders.items()
@@ -168,6 +178,13 @@ def _plain(path: Path, content: dict[str, Any]) -> ClassMap:
     _report(path, problems)
     table = {str(folder): str(name) for folder, name in folders.items()}
     return ClassMap(names, table, dict.fromkeys(table, "exact"))
+
+
+def _unusable(name: object) -> list[str]:
+    """What is wrong with a class or folder name: it has to survive YAML, JSON, SQLite and a terminal."""
+    if isinstance(name, (dict, list, tuple)) or name is None or not str(name).isprintable() or not str(name).strip():
+        return [f"{name!r} is not a name: expected printable text"]
+    return []
 
 
 def _report(path: Path, problems: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import shlex
@@ -14,10 +16,11 @@ from typing import Any, get_type_hints
 
 from focusdd_det import __version__
 from focusdd_det.config import BuildConfig, describe, load, parse_tokens
-from focusdd_det.errors import ConfigError, FocusDDError, VerifyError
+from focusdd_det.errors import ConfigError, DiskError, FocusDDError, VerifyError
 
 log = logging.getLogger("focusdd")
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # wherever it strikes, this is a disk that is full
 Command = Callable[[Sequence[str]], "int | None"]
 
 USAGE = """focusdd: the smallest training set that still trains a good detector
@@ -54,6 +57,8 @@ def run_main(command: Command, argv: Sequence[str] | None = None) -> int:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to stop
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return int(command(argv) or 0)
@@ -61,13 +66,17 @@ def run_main(command: Command, argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        line = shlex.join([Path(sys.argv[0]).name if "focusdd" in sys.argv[0] else f"python {sys.argv[0]}", *argv])
-        print(f"\ninterrupted; what is done is kept. To go on: {line.replace(chr(39), '', 2)}", file=sys.stderr)
+        name = Path(sys.argv[0]).name
+        program = ["python", sys.argv[0]] if name.endswith(".py") else [name]
+        print(f"\ninterrupted; what is done is kept. To go on: {shlex.join([*program, *argv])}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `focusdd ... | head` is no error
         return 0
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            print(f"error: {error}; free some space or fix the disk, then run the same command again", file=sys.stderr)
+            return DiskError.exit_code
         traceback.print_exc()
         print("unexpected error: this is a bug of focusdd_det; please report the lines above", file=sys.stderr)
         return 1

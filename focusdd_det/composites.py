@@ -7,11 +7,12 @@ time, so that the teacher's batches are full even with one composite a class.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbo
 from focusdd_det.config import BuildConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
-from focusdd_det.errors import VerifyError
-from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, rows
+from focusdd_det.errors import DataError, FocusDDError, VerifyError
+from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan
-from focusdd_det.scores import Row, ScoreStore
+from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
 from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal, proposals
 from focusdd_det.selector import Selector
@@ -52,6 +53,7 @@ class Bench:
     detector: Detector
     folder: Path
     workers: int
+    made: dict[str, list[Item]] = field(default_factory=dict)  # class -> its composites so far
 
     @property
     def roots(self) -> dict[str, Root]:
@@ -77,23 +79,27 @@ class _Draft:
 class _BadSourceError(Exception):
     """A source that cannot be cut after all: its position in the candidates, and the reason."""
 
-    def __init__(self, position: int, reason: str) -> None:
+    def __init__(self, position: int, source: str, reason: str) -> None:
         super().__init__(reason)
         self.position = position
+        self.source = source
 
 
-_Class = Generator[list[Image], list[Detections], int]
+_Class = Generator[list[Image], list[Detections], None]
 
 
-def compose_all(bench: Bench) -> dict[str, int]:
-    """All composites of all classes that the set in `bench.folder` does not hold yet.
+def compose_all(bench: Bench) -> list[Item]:
+    """All composites of all classes; what the set in `bench.folder` holds already is taken from there.
 
     Returns:
-        Class -> composites it has now.
+        The composites in plan order: these and no others make the set.
+
+    Raises:
+        DataError: too many sources turn out to be unusable, or their folder is gone.
     """
     config = bench.config
+    judged = Judged(config.max_bad)
     done = {(item.group, item.proposal): item for item in detset.read_manifest(bench.folder, tolerant=True)}
-    made: dict[str, int] = {}
     waiting = iter(bench.plan.groups)
     active: list[tuple[Group, _Class, list[Image]]] = []
     with (
@@ -102,35 +108,40 @@ def compose_all(bench: Bench) -> dict[str, int]:
     ):
 
         def advance(group: Group, work: _Class, answer: list[Detections] | None) -> None:
-            try:
+            with contextlib.suppress(StopIteration):
                 active.append((group, work, next(work) if answer is None else work.send(answer)))
-            except StopIteration as stop:
-                made[group.name] = stop.value
 
         while True:
             while sum(len(looks) for _, _, looks in active) < config.teacher_batch:
                 group = next(waiting, None)
                 if group is None:
                     break
-                advance(group, _one_class(bench, group, done, pool, bar), None)
+                advance(group, _one_class(bench, group, done, pool, bar, judged), None)
             if not active:
-                return made
+                break
             turn, active[:] = list(active), []
             found = _ask(bench, [look for _, _, looks in turn for look in looks])
             for group, work, looks in turn:
                 answer, found = found[: len(looks)], found[len(looks) :]
                 advance(group, work, answer)
+    good, bad = (sum(column) for column in zip(*bench.store.counts().values(), strict=True))
+    if bad > config.max_bad * (good + bad):
+        raise DataError(
+            f"{bad} of {good + bad} sources cannot be used, more than max_bad={config.max_bad:g} allows; "
+            f"{judged.last}. Check the source folders and run the same command again, or raise max_bad"
+        )
+    return [item for group in bench.plan.groups for item in bench.made.get(group.name, [])]
 
 
 def _one_class(
-    bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any
+    bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any, judged: Judged
 ) -> _Class:
-    """The composites of one class, in order; returns how many there are."""
+    """The composites of one class, in order, into `bench.made`."""
     config, method = bench.config, bench.method
-    candidates = bench.store.candidates(group.name, config.alpha)
+    candidates, banned = bench.store.candidates(group.name, config.alpha)
+    made = bench.made.setdefault(group.name, [])
     order = method.order(candidates, config, group.name)
     backgrounds = method.backgrounds(candidates, config, group.name)
-    banned: set[int] = set()
 
     def proposed(start: int) -> Iterator[Proposal]:
         reserved = bench.n_key * group.ipc if config.selection == "paper" else 0
@@ -141,9 +152,9 @@ def _one_class(
         )  # fmt: skip
         return islice(every, start, _REUSE_LIMIT * group.ipc if reuse else None)
 
-    stream, index = proposed(0), 0
-    while index < group.ipc:
-        batch = list(islice(stream, min(group.ipc - index, config.teacher_batch)))
+    stream = proposed(0)
+    while len(made) < group.ipc:
+        batch = list(islice(stream, min(group.ipc - len(made), config.teacher_batch)))
         if not batch:
             break
         try:
@@ -151,27 +162,30 @@ def _one_class(
         except _BadSourceError as error:
             banned.add(error.position)
             bench.store.reject(int(candidates.ids[error.position]), str(error))
+            judged.add(error.source, str(error))
             stream = proposed(batch[0].number)  # what came before did not use it, so it stays as it was
             continue
         looks = [look for draft in drafts if isinstance(draft, _Draft) for look in draft.looks]
         found = (yield looks) if looks else []
         for draft in drafts:
             if isinstance(draft, Item):
-                if draft.index != index:
+                if draft.index != len(made):
                     raise VerifyError(
-                        f"{bench.folder}: {draft.id} was made as number {draft.index} and is number {index} now; the "
-                        "build was begun on a machine that computes differently. Begin anew with overwrite=true"
+                        f"{bench.folder}: {draft.id} was made as number {draft.index} and is number {len(made)} now; "
+                        "the build was begun on a machine that computes differently. Begin anew with overwrite=true"
                     )
-                index += 1
+                made.append(draft)
                 bar.update(1)
                 continue
+            for cell in draft.cells:
+                judged.add(f"{cell.root}:{cell.path}", "")
             mine, found = found[: len(draft.looks)], found[len(draft.looks) :]
-            if _write(bench, group, draft, mine, index):
-                index += 1
+            item = _write(bench, group, draft, mine, len(made))
+            if item is not None:
+                made.append(item)
                 bar.update(1)
-    bar.total -= group.ipc - index
+    bar.total -= group.ipc - len(made)
     bar.refresh()
-    return index
 
 
 def _drafts(
@@ -194,17 +208,33 @@ def _drafts(
         turn = cell_order(seed, len(cells))
         cells, sources = tuple(cells[i] for i in turn), [sources[i] for i in turn]
         earlier = done.get((group.name, proposal.number))
-        if earlier and _is_finished(bench.folder, earlier, seed, cells):
+        if earlier and _is_finished(bench, group, earlier, seed, cells):
             jobs.append(earlier)
         else:
             where = [positions[i] for i in turn]
             jobs.append(pool.submit(_draft, bench.config, bench.roots, proposal.number, seed, cells, sources, where))
     try:
-        return [job if isinstance(job, Item) else job.result() for job in jobs]
+        return [
+            job if isinstance(job, Item) else _outcome(job, group, proposal)
+            for job, proposal in zip(jobs, batch, strict=True)
+        ]
     finally:
         for job in jobs:
             if not isinstance(job, Item):
                 job.cancel()
+
+
+def _outcome(job: Future[_Draft], group: Group, proposal: Proposal) -> _Draft:
+    """What a thread made; a thread that died ends the build with the name of what it worked on."""
+    try:
+        return job.result()
+    except (_BadSourceError, FocusDDError):
+        raise
+    except Exception as error:
+        raise FocusDDError(
+            f"composite {proposal.number} of {group.name} could not be cut ({type(error).__name__}: {error}); what is "
+            "done is kept. Run the same command again; if it ends here again, this is a bug: please report it"
+        ) from error
 
 
 def _cell(bench: Bench, source: Row, kind: str) -> Cell:
@@ -259,6 +289,11 @@ def _draft(
 def _read_whole(root: Root, row: Row, position: int, config: BuildConfig) -> Image:
     located = locate(root, row.path, row.folder, row.group, row.offset, row.size, row.mtime_ns)
     try:
+        if not located.file.parent.is_dir():
+            raise DataError(
+                f"{located.file.parent} is gone in the middle of the build; is the disk still there? What is done is "
+                "kept: bring it back and run the same command again"
+            )
         data = located.read()
         if hashlib.sha256(data).hexdigest() != row.sha256:
             raise BadImage("its content changed while the set was built")
@@ -268,9 +303,10 @@ def _read_whole(root: Root, row: Row, position: int, config: BuildConfig) -> Ima
                 f"its size changed from {row.width} x {row.height} to {picture.shape[1]} x {picture.shape[0]}"
             )
     except BadImage as error:
-        raise _BadSourceError(position, str(error)) from error
+        raise _BadSourceError(position, str(located.source), str(error)) from error
     except OSError as error:
-        raise _BadSourceError(position, f"unreadable: {error.strerror or error}") from error
+        reason = f"{UNREADABLE}: {error.strerror or error}"
+        raise _BadSourceError(position, str(located.source), reason) from error
     return picture
 
 
@@ -285,21 +321,20 @@ def _teacher_side(config: BuildConfig) -> int:
     return -(-config.image_size // 32) * 32
 
 
-def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], index: int) -> bool:
-    """Label a draft and write it; False if the teacher found nothing and it is to be replaced."""
+def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], index: int) -> Item | None:
+    """Label a draft and write it; None if the teacher found nothing and it is to be replaced."""
     config, classes = bench.config, len(bench.plan.class_map.names)
     side = config.image_size / config.grid
     squares = [((i % config.grid) * side, (i // config.grid) * side, side) for i in range(config.grid**2)]
     labels = found[0] if config.label_on == "composite" else _carried(config, draft, found, squares, classes)
     labels = drop_repeats(drop_slivers(labels, config.min_side), config.image_size)
     if not len(labels) and config.empty == "replace":
-        return False
+        return None
     cells = tuple(
         replace(cell, confirmed=confirms(labels, group.class_index, square)) if cell.kind == "key" else cell
         for cell, square in zip(draft.cells, squares, strict=True)
     )
-    slug = re.sub(r"[^a-z0-9]+", "-", group.name.lower()).strip("-")
-    item_id = f"{group.class_index:03d}_{slug}_{index:05d}"
+    item_id = _item_id(group, index)
     parts = {
         "images": draft.jpeg,
         "labels": rows(labels, config.image_size).encode(),
@@ -321,7 +356,15 @@ def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], i
         sha256=hashes,
     )
     detset.append(bench.folder, item)
-    return True
+    return item
+
+
+def _item_id(group: Group, index: int) -> str:
+    """File name of a composite: plain ASCII, short, and different for any two classes or folders."""
+    slug = re.sub(r"[^a-z0-9]+", "-", group.name.lower()).strip("-")[:60]
+    if group.name not in (slug, group.class_name):  # several folders of one class may have one slug
+        slug += "-" + hashlib.sha256(group.name.encode()).hexdigest()[:8]
+    return f"{group.class_index:03d}_{slug}_{index:05d}"
 
 
 def _carried(
@@ -349,7 +392,15 @@ def _carried(
     return join(parts, classes)
 
 
-def _is_finished(folder: Path, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
-    """Whether an item of an earlier run is made of these very cells and its files are whole."""
+def _is_finished(bench: Bench, group: Group, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
+    """Whether an item of an earlier run is made of these very cells, is what its line says and its files are whole."""
     plain = tuple(replace(cell, confirmed=False) for cell in item.cells)
-    return item.seed == seed and plain == cells and detset.intact(folder, item)
+    whose = (item.id, item.class_name, item.class_index)
+    due = (_item_id(group, item.index), group.class_name, group.class_index)
+    if item.seed != seed or plain != cells or whose != due or not detset.intact(bench.folder, item):
+        return False
+    text = detset.part_path(bench.folder, "labels", item.id).read_text(encoding="utf-8", errors="replace")
+    try:
+        return len(parse_rows(text, len(bench.plan.class_map.names))) == item.boxes
+    except ValueError:
+        return False

@@ -128,8 +128,33 @@ class BuildConfig:
         return self.grid**2 - self.n_key
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases: a page of nested ones stands for more values than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read here", mark)
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text that may come from anybody.
+
+    Raises:
+        ValueError: anything that is not plain, valid YAML.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    # A value that contradicts its tag (`!!int x`, `!!timestamp x`) reaches us as whatever PyYAML trips over.
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"not valid YAML ({type(error).__name__}: {str(error)[:200]})") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, by safe_load: a file from outside never gets to run code.
+    """A YAML mapping from a file: plain values only, a file from outside never gets to run code.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a mapping.
@@ -141,8 +166,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file ({error.reason}); expected YAML in UTF-8") from error
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if value is None:
         return {}
@@ -161,7 +186,8 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
     """Command-line tokens -> overrides.
 
     Accepts `key=value`, `--key value`, `--key=value` and, for booleans, a bare `--key`; `-` and `_` are the same in a
-    key. A key that is given several times makes a list. Values are read as YAML.
+    key. Of a key that is given several times the last value counts; where the key takes a list, all do. Values are read
+    as YAML.
 
     Args:
         argv: the tokens.
@@ -194,7 +220,8 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
             else:
                 value = "true"
         found.setdefault(key, []).append(_scalar(value))
-    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
+    several = {key for key, hint in fields.items() if get_origin(hint) is tuple}
+    return {key: values if key in several and len(values) > 1 else values[-1] for key, values in found.items()}
 
 
 def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = "") -> T:
@@ -227,7 +254,7 @@ def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | 
         try:
             values[key] = _convert(values[key], hints[key])
         except (TypeError, ValueError) as error:
-            problems.append(f"{key}={values[key]!r}: {error}")
+            problems.append(f"{key}={_shown(values[key])}: {error}")
     if problems:
         raise ConfigError(f"{section or shipped} is not valid:\n  " + "\n  ".join(problems))
     return cls(**{key: values[key] for key in hints})
@@ -255,9 +282,16 @@ def _scalar(text: str) -> Any:
     if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text):
         return float(text)  # YAML 1.1 reads 1e-3 as a string
     try:
-        return yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return parse_yaml(text) if text else None
+    except ValueError:
         return text
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:200]
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a very long number"
 
 
 def _convert(value: Any, hint: Any) -> Any:
@@ -299,13 +333,15 @@ def _convert(value: Any, hint: Any) -> Any:
             raise TypeError("expected true or false")
         return value
     if hint is int:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value % 1 != 0:  # nan and inf too
             raise TypeError("expected a whole number")
+        if abs(value) >= 1 << 63:
+            raise ValueError("expected a whole number below 2^63")
         return int(value)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError("expected a number")
-        if value != value or value in (float("inf"), float("-inf")):
+        if value != value or abs(value) > 1e300:
             raise ValueError("expected a finite number")
         return float(value)
     if hint is str:

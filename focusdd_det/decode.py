@@ -1,12 +1,14 @@
 """Bytes of a picture file -> pixels, or a stated reason why not.
 
 JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size. Everything that OpenCV
-reads differently from what people see (CMYK, palettes, alpha, 16 bits, half a file) goes through Pillow.
+reads differently from what people see (CMYK, palettes, alpha, 16 bits, a turned picture, half a file) goes through
+Pillow.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 
 import cv2
@@ -17,10 +19,10 @@ from PIL import ImageOps, UnidentifiedImageError
 from focusdd_det.types import Image
 
 _REDUCED = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+    1: cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION,
+    2: cv2.IMREAD_REDUCED_COLOR_2 | cv2.IMREAD_IGNORE_ORIENTATION,
+    4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
+    8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
 }
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # MPO comes with JPEG
 PILImage.init()  # registers every format; without it Pillow loads them one by one on the first failure
@@ -50,18 +52,17 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that are judged here
-            header = PILImage.open(io.BytesIO(data), formats=_FORMATS)
+            header = _open(data)
             width, height = header.size
             if width * height > max_pixels:
                 raise BadImage(f"{width} x {height} pixels, more than max_pixels={max_pixels}")
             orientation = header.getexif().get(0x0112, 1)
-            if header.format == "JPEG" and header.mode in ("RGB", "L") and _is_whole(data):
+            plain = header.format == "JPEG" and header.mode in ("RGB", "L") and orientation == 1
+            if plain and _is_whole(data):
                 factor = _factor(min(width, height), least_side)
                 pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor])
                 if pixels is None:
                     raise BadImage("damaged JPEG")
-                if orientation in (5, 6, 7, 8):  # turned by a quarter; OpenCV has turned the pixels already
-                    width, height = height, width
                 return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), width, height
             return _slow(header)
     except BadImage:
@@ -72,6 +73,14 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
         raise BadImage("too large for the memory") from error
     except Exception as error:  # decoders raise whatever they like on hostile bytes; the reason goes into the report
         raise BadImage(str(error).replace("\n", " ")[:200] or type(error).__name__) from error
+
+
+def _open(data: bytes) -> PILImage.Image:
+    """Pillow's own open. Ultralytics puts another in its place, which tries to install a package for unknown files."""
+    replaced = sys.modules.get("ultralytics.utils.patches")
+    plain = getattr(replaced, "_image_open", PILImage.open)
+    picture: PILImage.Image = plain(io.BytesIO(data), formats=_FORMATS)
+    return picture
 
 
 def _slow(header: PILImage.Image) -> tuple[Image, int, int]:

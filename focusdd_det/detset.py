@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,13 +26,17 @@ import yaml
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from focusdd_det.config import parse_yaml
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
 from focusdd_det.labels import parse_rows
 from focusdd_det.types import Detections
 
 INCOMPLETE = ".incomplete"
 HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMPLETE vouches for
+WORKING = (".lock", "scores.sqlite")  # of a set that is being built
 FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg", "gallery.html")
+_ID = re.compile(r"\w[\w.-]{0,120}", re.ASCII)  # of an item: a plain file name everywhere
+_LEFTOVER = re.compile(r"\..*\.tmp|\d{3}_[a-z0-9-]*_\d{5}\.(jpg|txt|safetensors)")  # what only a build can have written
 PARTS = {"images": ".jpg", "labels": ".txt", "soft": ".safetensors"}
 
 
@@ -97,23 +102,35 @@ class Item:
         """
         try:
             raw = json.loads(line)
+            if not isinstance(raw["cells"], list):
+                raise TypeError("cells must be a list")
             cells = tuple(
-                Cell(**{**cell, "crop": tuple(cell["crop"]) if cell["crop"] else None}) for cell in raw["cells"]
+                Cell(**{**cell, "crop": None if cell["crop"] is None else tuple(cell["crop"])}) for cell in raw["cells"]
             )
             item = Item(**{**raw, "cells": cells})
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a manifest line ({error})") from error
-        numbers = (item.class_index, item.index, item.proposal, item.seed, item.boxes)
-        texts = (item.id, item.class_name, item.group, *(v for c in cells for v in (c.kind, c.root, c.path, c.sha256)))
-        if not all(isinstance(v, int) and not isinstance(v, bool) for v in numbers):
-            raise ValueError("class_index, index, proposal, seed and boxes must be whole numbers")
-        if not all(isinstance(v, str) for v in texts) or not isinstance(item.sha256, dict):
+        numbers = [item.class_index, item.index, item.proposal, item.seed, item.boxes]
+        numbers += [v for c in cells for v in (c.width, c.height, *(c.crop or ()))]
+        texts = [item.id, item.class_name, item.group]
+        texts += [v for c in cells for v in (c.kind, c.root, c.path, c.folder, c.sha256)]
+        if not all(type(v) is int and 0 <= v < 1 << 64 for v in numbers):
+            raise ValueError("indices, counts, seed, sizes and crops must be whole numbers from 0")
+        if any(
+            min(c.width, c.height) < 1 or (c.crop is not None and (len(c.crop) != 3 or not c.crop[2])) for c in cells
+        ):
+            raise ValueError("a crop is x, y and side, a side at least 1")
+        if not all(type(v) in (int, float) and 0 <= v <= 1 for c in cells for v in (c.p, c.share)):
+            raise ValueError("p and share must be in [0, 1]")
+        if not isinstance(item.sha256, dict) or not all(isinstance(v, str) for v in [*texts, *item.sha256.values()]):
             raise ValueError("names, paths and hashes must be text")
-        if not item.id or item.id != PurePosixPath(item.id).name or item.id.startswith("."):
-            raise ValueError(f"the id {item.id!r} is not a plain file name")
+        if not all(type(c.confirmed) is bool for c in cells):
+            raise ValueError("confirmed must be true or false")
+        if not _ID.fullmatch(item.id):
+            raise ValueError(f"the id {item.id[:60]!r} is not a plain file name")
         for cell in cells:
             path = PurePosixPath(cell.path)
-            if path.is_absolute() or ".." in path.parts:
+            if path.is_absolute() or ".." in path.parts or "\0" in cell.path:
                 raise ValueError(f"the path {cell.path!r} leads outside its root")
         if set(item.sha256) != set(PARTS):
             raise ValueError(f"expected hashes of {', '.join(PARTS)}")
@@ -226,14 +243,19 @@ def _ends_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def sweep(folder: Path, keep: set[str]) -> None:
-    """Remove what an interrupted build left behind in a set that is being built: files of no item, temporary files."""
-    for part, suffix in PARTS.items():
-        for path in (folder / part / "train").iterdir():
-            if path.suffix != suffix or path.stem not in keep:
-                path.unlink()
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
+def sweep(folder: Path, keep: set[str], aside: Path) -> None:
+    """Clear a set that is being built of what is no part of it.
+
+    What an interrupted build left behind (files of no item, temporary files) is removed; anything else is moved into
+    `aside`: it may be somebody's.
+    """
+    for path in list(_strays(folder, keep)):
+        if path.name in WORKING:
+            continue
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+        else:
+            _move(path, aside / path.relative_to(folder))
 
 
 def intact(folder: Path, item: Item) -> bool:
@@ -250,8 +272,8 @@ def intact(folder: Path, item: Item) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds a set (or part of one) that this package wrote."""
     try:
-        content = yaml.safe_load((folder / "build.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        content = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == "focusdd_det set"
 
@@ -267,7 +289,7 @@ def verify(folder: Path) -> list[str]:
         sealed = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
         if not isinstance(sealed, dict) or set(sealed) != set(HASHED):
             raise ValueError("expected the hashes of " + ", ".join(HASHED))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{folder / 'COMPLETE'}: {error}")
         sealed = {}
     for name in HASHED:
@@ -319,16 +341,16 @@ def _strays(folder: Path, known: set[str]) -> Iterator[Path]:
     """What lies in a set without being part of it."""
     expected = {*HASHED, *FREE, *PARTS}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in expected:
+        if path.name not in expected or path.is_symlink():  # Ultralytics writes beside labels/: not elsewhere, please
             yield path
     for part, suffix in PARTS.items():
         top = folder / part
         for path in sorted(top.iterdir()) if top.is_dir() else []:
-            if path.name != "train":
+            if path.name != "train" or path.is_symlink():
                 yield path
         inner = top / "train"
         for path in sorted(inner.iterdir()) if inner.is_dir() else []:
-            if path.suffix != suffix or path.stem not in known or path.is_symlink():
+            if path.suffix != suffix or path.stem not in known or path.is_symlink() or path.is_dir():
                 yield path
 
 
@@ -347,8 +369,8 @@ def read_data_yaml(folder: Path) -> list[str]:
     """
     path = folder / "data.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise VerifyError(f"{path}: cannot be read ({error})") from error
     if not isinstance(content, dict) or set(content) != {"train", "val", "names"}:
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -358,18 +380,27 @@ def read_data_yaml(folder: Path) -> list[str]:
             f"{path}: expected train and val to be images/train, got {content['train']}, {content['val']}"
         )
     names = content["names"]
-    if not isinstance(names, dict) or list(names) != list(range(len(names))) or not names:
+    numbered = isinstance(names, dict) and list(names) == list(range(len(names))) and bool(names)
+    if not numbered or not all(isinstance(name, str) for name in names.values()):
         raise VerifyError(f"{path}: expected names as 0: first, 1: second, ...")
-    return [str(name) for name in names.values()]
+    return list(names.values())
 
 
 def set_strays_aside(folder: Path, aside: Path) -> None:
     """Move everything that is not part of a set into a folder beside it: it may be somebody's."""
     known = {item.id for item in read_manifest(folder, tolerant=True)}
     for path in list(_strays(folder, known)):
-        target = aside / path.relative_to(folder)
+        _move(path, aside / path.relative_to(folder))
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder; what is at the target already keeps its place, and the newcomer gets a number."""
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        free = (target.with_name(f"{target.name}.{i}" if i else target.name) for i in range(10_000))
+        path.rename(next(place for place in free if not os.path.lexists(place)))
+    except (OSError, StopIteration) as error:
+        raise DiskError(f"cannot move {path} to {target}: {error}; it is not part of the set: move it away") from error
 
 
 def seals(folder: Path, name: str, data: bytes) -> bool:
@@ -377,7 +408,7 @@ def seals(folder: Path, name: str, data: bytes) -> bool:
     try:
         table = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
         return bool(table[name] == sha256(data))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -412,14 +443,23 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def remove_ours(folder: Path) -> None:
-    """Delete a set of ours (`overwrite`).
+    """Delete a set of ours (`overwrite`), build.yaml last: what is left of a removal that was cut off is still ours.
 
     Raises:
-        DiskError: the folder is not one.
+        DiskError: the folder is not one, or cannot be removed.
     """
     if not is_ours(folder):
         raise DiskError(f"{folder} holds no build.yaml of this program; it is not removed. Choose another `out`")
-    shutil.rmtree(folder)
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "build.yaml":
+                path.unlink()
+        (folder / "build.yaml").unlink()
+        folder.rmdir()
+    except OSError as error:
+        raise DiskError(f"cannot remove {folder}: {error}; remove it yourself") from error
 
 
 def refuse_overlap(out: Path, roots: Iterable[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -126,9 +127,11 @@ def make_plan(config: BuildConfig) -> Plan:
         roots.append(root)
         hashes[root.name] = digest
         notes += more
+    plan, more_problems = _groups(config, method, class_map, hashes, roots, notes)
+    problems += more_problems if roots else []
     if problems:
         raise DataError("the build cannot start:\n  " + "\n  ".join(problems))
-    return _groups(config, method, class_map, hashes, roots, notes)
+    return plan
 
 
 def method_of(config: BuildConfig) -> Method:
@@ -155,6 +158,7 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
         name = None
     location = Path(path).expanduser()
     name = str(name or location.resolve().name.removesuffix(".tar") or "source")
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
     if name in taken:
         name = next(f"{name}{i}" for i in range(2, 1000) if f"{name}{i}" not in taken)
     if not location.exists():
@@ -181,6 +185,9 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
             f"{', '.join(ignored[:5]) or 'no folders'}{' ...' if len(ignored) > 5 else ''}, expected names such as "
             f"{', '.join(sorted(table)[:3])}. Give a map of your own: --source {path}::MAP.yaml"
         )
+    both = sorted(f for f in used if (location / f).is_dir() and (location / f"{f}.tar").is_file())
+    if both:
+        notes.append(f"{name}: found as a folder and as an archive, taken together: {', '.join(both[:10])}")
     if ignored:
         shown = ", ".join(ignored[:5]) + (" ..." if len(ignored) > 5 else "")
         notes.append(f"{name}: {len(ignored)} folders that no class of the map names are left out: {shown}")
@@ -194,7 +201,9 @@ def _groups(
     hashes: dict[str, str],
     roots: Sequence[Root],
     notes: list[str],
-) -> Plan:
+) -> tuple[Plan, list[str]]:
+    """The plan, and what makes it impossible."""
+    problems: list[str] = []
     wanted = set(config.classes) or set(class_map.names)
     counts: Counter[tuple[str, str]] = Counter()  # (class, folder) -> files
     shared: dict[str, set[str]] = {}
@@ -235,15 +244,15 @@ def _groups(
         notes.append(f"folders without a picture: {', '.join(empty[:10])}")
     if short and config.short_class == "error":
         listed = ", ".join(f"{name} ({have} of {want})" for name, (have, want) in sorted(short.items()))
-        raise DataError(
+        problems.append(
             f"{len(short)} classes have too few sources for ipc={config.ipc} ({per_composite} a composite): {listed}. "
             "Lower ipc, or choose short_class=reduce, reuse or skip"
         )
-    if not groups:
-        raise DataError(
+    elif not groups:
+        problems.append(
             f"no class has the {per_composite} sources that one composite takes; "
             f"found {sum(counts.values())} pictures in {len(counts)} folders"
         )
     covered = {group.class_name for group in groups}
     uncovered = tuple(name for name in class_map.names if name not in covered)
-    return Plan(class_map, hashes, tuple(roots), tuple(groups), short, uncovered, tuple(notes))
+    return Plan(class_map, hashes, tuple(roots), tuple(groups), short, uncovered, tuple(notes)), problems

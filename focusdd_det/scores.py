@@ -6,11 +6,12 @@ ipc, alpha or seed do without the ViT.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -41,7 +42,8 @@ CREATE TABLE IF NOT EXISTS source (
     PRIMARY KEY (root, path));
 CREATE INDEX IF NOT EXISTS by_group ON source (run, grp);
 """
-_MIN_JUDGED = 50  # sources before the share of bad ones may stop a build
+MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
+UNREADABLE = "unreadable"  # how the reason begins when the file system refused; it is tried again by the next run
 
 
 @dataclass(frozen=True)
@@ -81,60 +83,87 @@ class ScoreStore:
     """The SQLite file. Not for several threads; one build at a time (the build holds a lock)."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        self.path = path
+        with self._told():
             self.db = sqlite3.connect(path)
-            self.db.executescript("PRAGMA journal_mode=DELETE; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+            tables = [name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            if tables not in ([], ["source"]):
+                raise DiskError(f"{path} is a database of something else ({tables[0]}); give another `scores`")
+            # Exclusive: two builds that share a file of scores would count each other's sources as their own.
+            self.db.executescript(
+                "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=DELETE; PRAGMA synchronous=NORMAL;" + _SCHEMA
+            )
             self.run = int(self.db.execute("SELECT COALESCE(MAX(run), 0) + 1 FROM source").fetchone()[0])
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise DiskError(
+                    f"{self.path} is being used by another build; wait for it or give another `scores`"
+                ) from error
+            raise DiskError(
+                f"cannot write {self.path}: {error}; free some space or fix the path, then run the same command again: "
+                "it goes on where it stopped"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise DiskError(
-                f"{path} is not a score file of ours ({error}); remove it or give another `scores`"
+                f"{self.path} is damaged or not a score file of ours ({error}); remove it (the sources are looked at "
+                "anew) or give another `scores`"
             ) from error
-        self.path = path
 
     def close(self) -> None:
         """Write what is pending and close."""
-        self.db.commit()
-        self.db.close()
+        try:
+            self.commit()
+        finally:
+            self.db.close()
 
-    def known(self, located: Located, signature: str) -> bool:
-        """Whether this very file was seen under the same signature; if so it counts as part of this run."""
+    def known(self, located: Located, signature: str) -> str | None:
+        """What was found when this very file was seen under the same signature; it then counts as part of this run.
+
+        Returns:
+            None: it was not seen, or could not be read, which may be over. Empty: usable. Else why it is not.
+        """
         s = located.source
-        cursor = self.db.execute(
-            "UPDATE source SET run = ?, grp = ? WHERE root = ? AND path = ? AND sig = ? AND size = ? AND mtime = ?",
-            (self.run, s.group, s.root, s.path, signature, located.size, located.mtime_ns),
-        )
-        return cursor.rowcount == 1
+        with self._told():
+            found = self.db.execute(
+                "UPDATE source SET run = ?, grp = ? WHERE root = ? AND path = ? AND sig = ? AND size = ? AND mtime = ? "
+                f"AND (bad IS NULL OR bad NOT LIKE '{UNREADABLE}%') RETURNING COALESCE(bad, '')",
+                (self.run, s.group, s.root, s.path, signature, located.size, located.mtime_ns),
+            ).fetchone()
+        return None if found is None else str(found[0])
 
     def put(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Insert or replace rows in the order of the schema."""
-        try:
+        with self._told():
             self.db.executemany(f"INSERT OR REPLACE INTO source VALUES ({','.join('?' * 18)})", rows)
-        except sqlite3.OperationalError as error:
-            raise DiskError(
-                f"cannot write {self.path}: {error}; free some space and run the same command again"
-            ) from error
 
     def commit(self) -> None:
         """Make what was put durable."""
-        try:
+        with self._told():
             self.db.commit()
-        except sqlite3.OperationalError as error:
-            raise DiskError(
-                f"cannot write {self.path}: {error}; free some space and run the same command again"
-            ) from error
 
-    def candidates(self, group: str, alpha: float) -> Candidates:
-        """The usable sources of a class in this run; of files with equal content one counts, by the least name."""
-        cursor = self.db.execute(
-            "SELECT rowid, sha, folder, p, share, phash, MIN(root || char(31) || path) FROM source "
-            "WHERE run = ? AND grp = ? AND bad IS NULL GROUP BY sha ORDER BY sha",
-            (self.run, group),
-        )
-        rows = cursor.fetchall()
+    def candidates(self, group: str, alpha: float) -> tuple[Candidates, set[int]]:
+        """The sources of a class in this run; of files with equal content one counts, by the least name.
+
+        Returns:
+            The candidates; and the positions of those that could be looked at but turned out to be unusable later.
+            They keep their place, so that a build that goes on ranks as the one did that found out.
+        """
+        with self._told():
+            rows = self.db.execute(
+                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path) FROM source "
+                "WHERE run = ? AND grp = ? AND length(sha) = 32 GROUP BY sha ORDER BY sha",
+                (self.run, group),
+            ).fetchall()
         folders = {name: i for i, name in enumerate(sorted({row[2] for row in rows}))}
         p: NDArray[np.float64] = np.round(np.array([row[3] for row in rows], np.float64), 4).astype(np.float64)
         share = np.array([row[4] for row in rows], np.float64)
-        return Candidates(
+        table = Candidates(
             ids=np.array([row[0] for row in rows], np.int64),
             sha=np.frombuffer(b"".join(row[1] for row in rows), np.uint8).reshape(len(rows), 32),
             folder=np.array([folders[row[2]] for row in rows], np.int32),
@@ -142,6 +171,7 @@ class ScoreStore:
             score=realism(p, share, alpha),
             phash=np.array([row[5] for row in rows], np.int64).view(np.uint64),
         )
+        return table, {position for position, row in enumerate(rows) if row[6] is not None}
 
     def row(self, rowid: int) -> Row:
         """One source by its id."""
@@ -154,7 +184,8 @@ class ScoreStore:
 
     def reject(self, rowid: int, reason: str) -> None:
         """Quarantine a source that was fine as a view but is not as a whole."""
-        self.db.execute("UPDATE source SET bad = ? WHERE rowid = ?", (reason, rowid))
+        with self._told():
+            self.db.execute("UPDATE source SET bad = ? WHERE rowid = ?", (reason, rowid))
         self.commit()
 
     def quarantined(self) -> Iterator[tuple[str, str, str]]:
@@ -162,6 +193,17 @@ class ScoreStore:
         yield from self.db.execute(
             "SELECT root, path, bad FROM source WHERE run = ? AND bad IS NOT NULL ORDER BY root, path", (self.run,)
         )
+
+    def repeats(self) -> list[tuple[str, int]]:
+        """(one of the paths, files) for each content that this run met under several names, by path."""
+        return [
+            (str(path), int(count))
+            for path, count in self.db.execute(
+                "SELECT MIN(path), COUNT(*) FROM source WHERE run = ? AND length(sha) = 32 GROUP BY sha "
+                "HAVING COUNT(*) > 1 ORDER BY 1",
+                (self.run,),
+            )
+        ]
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Class -> (usable sources, unusable ones) in this run."""
@@ -194,12 +236,12 @@ def score_all(
         progress: called with the number of sources that are done.
 
     Raises:
-        DataError: a larger share of the sources than `max_bad` cannot be decoded.
+        DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
     """
     view = selector.view if selector else 64
     signatures = {group: signature(selector, indices, config) for group, indices in columns.items()}
     batch: list[tuple[Located, _Glance]] = []
-    judged = [0, 0]  # seen, bad
+    judged = Judged(config.max_bad)
     last_commit = time.monotonic()
 
     def flush() -> None:
@@ -214,29 +256,29 @@ def score_all(
 
     def new_sources() -> Iterator[Located]:
         for located in stream:
-            if store.known(located, signatures[located.source.group]):
-                progress(1)
-            else:
+            reason = store.known(located, signatures[located.source.group])
+            if reason is None:
                 yield located
+            else:
+                progress(1)
+                judged.add(located.source, reason)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         for located, outcome in _ahead(
             pool, new_sources(), lambda s: _glance(s, view, config), 4 * workers + config.batch
         ):
-            judged[0] += 1
             if isinstance(outcome, str):
-                judged[1] += 1
                 store.put([_columns_of(located, signatures, store.run, None, 0.0, 0.0, (0, 0), outcome)])
                 progress(1)
-                _judge(judged[0], judged[1], config.max_bad, located.source, outcome)
+                judged.add(located.source, outcome)
                 continue
+            judged.add(located.source, "")
             batch.append((located, outcome))
             if len(batch) == config.batch:
                 flush()
     flush()
     store.commit()
-    if judged[0] and judged[1] == judged[0] and config.max_bad < 1:
-        raise DataError(f"none of the {judged[0]} sources can be decoded; the last reason: {outcome}")
+    judged.end()
 
 
 def signature(selector: Selector | None, columns: Sequence[int], config: BuildConfig) -> str:
@@ -274,7 +316,9 @@ def _glance(located: Located, view: int, config: BuildConfig) -> _Glance | str:
     except BadImage as error:
         return str(error)
     except OSError as error:
-        return f"unreadable: {error.strerror or error}"
+        return f"{UNREADABLE}: {error.strerror or error}"
+    except MemoryError:
+        return "too large for the memory"
     pixels = view_pixels(picture, view, config.geometry)
     return _Glance(hashlib.sha256(data).digest(), width, height, pixels, difference_hash(pixels))
 
@@ -354,9 +398,39 @@ def _ahead(
             future.cancel()
 
 
-def _judge(seen: int, bad: int, limit: float, last: object, reason: str) -> None:
-    if seen >= _MIN_JUDGED and bad > limit * seen:
-        raise DataError(
-            f"{bad} of the first {seen} sources cannot be decoded, more than max_bad={limit:g} allows; "
-            f"the last one: {last}: {reason}. Check the source folders, or raise max_bad"
-        )
+class Judged:
+    """Counts sources that were used and that could not be, and stops a build when too many could not."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.seen = 0
+        self.bad = 0
+        self.reasons: Counter[str] = Counter()
+        self.last = ""
+
+    def add(self, source: object, reason: str) -> None:
+        """Count one source; an empty reason means that it can be used.
+
+        Raises:
+            DataError: the share of bad ones is above the limit, after the first `MIN_JUDGED`.
+        """
+        self.seen += 1
+        if reason:
+            self.bad += 1
+            self.reasons[reason if len(self.reasons) < 100 else "others"] += 1
+            self.last = f"{source}: {reason}"
+            if self.seen >= MIN_JUDGED:
+                self.end()
+
+    def end(self) -> None:
+        """The same for all of them, however few.
+
+        Raises:
+            DataError: see `add`.
+        """
+        if self.bad > self.limit * self.seen:
+            summary = "\n  ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(10))
+            raise DataError(
+                f"{self.bad} of the first {self.seen} sources cannot be used, more than max_bad={self.limit:g} allows:"
+                f"\n  {summary}\nThe last one: {self.last}. Check the source folders, or raise max_bad"
+            )

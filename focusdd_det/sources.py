@@ -16,6 +16,7 @@ from pathlib import Path
 from focusdd_det.errors import DataError
 from focusdd_det.types import Source
 
+MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -49,10 +50,13 @@ class Located:
         """The bytes of the picture file.
 
         Raises:
-            OSError: unreadable, or shorter than the archive's index says.
+            OSError: unreadable, too large, or shorter than the archive's index says.
         """
+        if not 0 <= self.size <= MAX_BYTES:
+            raise OSError(f"{self.size} bytes, more than the {MAX_BYTES} that are read of one picture")
         if self.offset is None:
-            return self.file.read_bytes()
+            with self.file.open("rb") as file:
+                return file.read(MAX_BYTES)
         descriptor = os.open(self.file, os.O_RDONLY)
         try:
             data = os.pread(descriptor, self.size, self.offset)
@@ -71,7 +75,8 @@ def folder_names(root: Root) -> set[str]:
     """
     if root.path.is_file():
         with _open_tar(root.path) as archive:
-            return {_tar_folder(member.name) for member in archive if _is_class_member(member)}
+            members = _members(archive, root.path)
+            return {_tar_folder(member.name) for member in members if _is_class_member(member)}
     try:
         entries = list(os.scandir(root.path))
     except OSError as error:
@@ -147,7 +152,7 @@ def _stream_folder(root: Root, start: Path, folder: str) -> Iterator[Located]:
 def _stream_tar(root: Root, file: Path, prefix: str, wanted: set[str], folder: str | None) -> Iterator[Located]:
     mtime = file.stat().st_mtime_ns
     with _open_tar(file) as archive:
-        for member in archive:
+        for member in _members(archive, file):
             if member.isreg() and member.name.endswith(".tar") and folder is None:
                 inner_folder = _tar_folder(member.name)
                 stretch = archive.extractfile(member)
@@ -157,24 +162,23 @@ def _stream_tar(root: Root, file: Path, prefix: str, wanted: set[str], folder: s
                 found = _member(root, file, member, 0, prefix, folder, wanted, mtime)
                 if found is not None:
                     yield found
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
 
 
 def _stream_inner(
     root: Root, file: Path, stretch: object, outer: tarfile.TarInfo, folder: str, prefix: str, mtime: int
 ) -> Iterator[Located]:
     try:
-        with tarfile.open(fileobj=stretch, mode="r:") as archive:  # type: ignore[call-overload]
-            for member in archive:
-                path = f"{prefix}{outer.name}!"
-                found = _member(root, file, member, outer.offset_data, path, folder, {folder}, mtime)
-                if found is not None:
-                    yield found
-                archive.members = []
-    except tarfile.TarError as error:
+        archive = tarfile.TarFile("", "r", stretch)  # type: ignore[arg-type]
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{file}: member {outer.name} is not a plain tar ({error}); expected one tar a class"
         ) from error
+    with archive:
+        path = f"{prefix}{outer.name}!"
+        for member in _members(archive, file):
+            found = _member(root, file, member, outer.offset_data, path, folder, {folder}, mtime)
+            if found is not None:
+                yield found
 
 
 def _member(
@@ -212,6 +216,20 @@ def _open_tar(path: Path) -> tarfile.TarFile:
             f"{path} is not an uncompressed tar ({error}); expected ImageNet's tar files as they are published, "
             "or a folder of class folders"
         ) from error
+
+
+def _members(archive: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
+    """The members one by one; memory does not grow with their number.
+
+    Raises:
+        DataError: the archive is damaged or cut short.
+    """
+    try:
+        for member in archive:
+            yield member
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+        raise DataError(f"{file} is damaged or cut short ({error}); copy or download it again") from error
 
 
 def _is_class_member(member: tarfile.TarInfo) -> bool:
