@@ -140,12 +140,19 @@ def load_annotations(path: str | Path) -> COCO:
 
 
 def usual_annotations(data: dict[str, Any]) -> Path | None:
-    """Where a YOLO data set in COCO's layout keeps them: <path>/annotations/instances_<split>.json, if it is there."""
+    """Where a YOLO data set in COCO's layout keeps them: annotations/instances_<split>.json, in the nearest folder
+    around the pictures (or the list of them) up to the data set's own."""
     val = data.get("val")
     if not isinstance(val, str):
         return None
-    file = Path(data["path"]) / "annotations" / f"instances_{Path(val).stem}.json"
-    return file if file.is_file() else None
+    top = Path(data["path"]).resolve()
+    for folder in Path(val).resolve().parents:
+        file = folder / "annotations" / f"instances_{Path(val).stem}.json"
+        if file.is_file():
+            return file
+        if folder == top:
+            break
+    return None
 
 
 def class_map(names: Sequence[str], truth: COCO) -> dict[int, int]:
