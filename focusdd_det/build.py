@@ -190,7 +190,7 @@ def _already_there(out: Path, work: Path, identity: dict[str, Any], config: Buil
         elif not config.overwrite:
             raise ConfigError(_refusal(f"{out} holds another set", changed))
     if work.exists():
-        if not detset.is_ours(work) and any(path.name != ".lock" for path in work.iterdir()):
+        if not detset.is_ours(work) and any(path.name != ".build.yaml.tmp" for path in work.iterdir()):
             raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
         changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
         if changed and config.overwrite:
@@ -242,11 +242,12 @@ def _read_identity(folder: Path) -> Any:
 
 def _start(work: Path, identity: dict[str, Any], config: BuildConfig) -> None:
     try:
+        work.mkdir(parents=True, exist_ok=True)
+        detset.write_atomic(work / "build.yaml", _identity_bytes(identity))  # first: from now on it is seen to be ours
         for part in detset.PARTS:
             (work / part / "train").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
-    detset.write_atomic(work / "build.yaml", _identity_bytes(identity))
 
 
 def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
