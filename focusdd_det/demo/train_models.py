@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,11 +29,13 @@ from focusdd_det.demo.write import encode_jpeg, write_val, yolo_labels
 from focusdd_det.selector import ClassTokenRows
 
 HERE = Path(__file__).resolve().parent
-VIEW = 112  # px; with patches of 16 px the token grid is 7 x 7, as in the paper
+VIEW = 56  # px; with patches of 8 px the token grid is 7 x 7, as in the paper
+STORED = 112  # px; pictures are kept at twice the view, so that a close-up of them is still sharp
 ARCH = "vit_tiny_patch16_224"
-KWARGS = {"img_size": VIEW, "patch_size": 16, "embed_dim": 96, "depth": 6, "num_heads": 4}
+KWARGS = {"img_size": VIEW, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
+GRID = VIEW // 8
 MEAN = STD = (0.5, 0.5, 0.5)
-COMPOSITE = 256  # px; composites of 2 x 2 pictures, as the teacher will have to label them
+COMPOSITE = 192  # px; composites of 2 x 2 pictures, as the teacher will have to label them
 
 
 def draw_single(index: int) -> Picture:
@@ -84,30 +85,46 @@ def draw_composite(singles: list[Picture], index: int) -> Picture:
     )
 
 
-def _squash(picture: Picture) -> tuple[Tensor, Tensor]:
-    """The view [3, VIEW, VIEW] uint8 and the object's box in it in [-1, 1], or zeros if it cannot be seen."""
+def _squash(picture: Picture, side: int) -> tuple[Tensor, Tensor]:
+    """The picture as [3, side, side] uint8 and the object's box in it in [-1, 1], or zeros if it is hidden."""
     height, width = picture.image.shape[:2]
-    view = cv2.resize(picture.image, (VIEW, VIEW), interpolation=cv2.INTER_AREA)
+    view = cv2.resize(picture.image, (side, side), interpolation=cv2.INTER_AREA)
     box = np.zeros(4, np.float32)
     if len(picture.boxes):
         box = picture.boxes[0] / np.array([width, height, width, height], np.float32) * 2 - 1
     return torch.from_numpy(view).permute(2, 0, 1), torch.from_numpy(box.astype(np.float32))
 
 
-def _augment(pixels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Zoom, shift, mirror, swap colour channels, change contrast; [B, 3, S, S] in [0, 1] and boxes in [-1, 1]."""
+def _augment(pixels: Tensor, boxes: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    """A random view of each picture, and where the object is in it.
+
+    Training goes from close-ups of the object to whole pictures: a ViT this small hardly learns from whole pictures
+    alone. Then shifts, mirroring, other colours and contrast.
+
+    Args:
+        pixels: [B, 3, STORED, STORED] in [0, 1].
+        boxes: [B, 4] in [-1, 1], zeros where there is none.
+        progress: share of the training that is done, 0 to 1.
+
+    Returns:
+        [B, 3, VIEW, VIEW] and the boxes in the new view.
+    """
     count = len(pixels)
-    zoom = torch.empty(count).uniform_(0.8, 1.15)
-    shift = torch.empty(count, 2).uniform_(-0.2, 0.2)
+    seen = boxes.abs().sum(1, keepdim=True) > 0
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) / 2
+    wide = torch.rand(count, 1) ** (0.3 + 2 * (1 - progress) ** 2)  # towards 0: close-up, 1: whole picture
+    wide = torch.where(seen & (torch.rand(count, 1) > progress**2), wide, 1.0)
+    zoom = (half * 1.25).clamp(0.15, 1) * (1 - wide) + wide * torch.empty(count, 1).uniform_(0.85, 1.1)
+    shift = centre * (1 - wide) + torch.empty(count, 2).uniform_(-0.2, 0.2) * zoom
+    zoom = zoom[:, 0]
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * mirror, zoom, shift
     grid = F.affine_grid(theta, [count, 3, VIEW, VIEW], align_corners=False)
     pixels = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-    seen = boxes.abs().sum(1) > 0
     boxes = (boxes - shift.repeat(1, 2)) / zoom[:, None]
     x = boxes[:, [0, 2]] * mirror[:, None]
-    boxes = torch.stack([x.amin(1), boxes[:, 1], x.amax(1), boxes[:, 3]], 1) * seen[:, None]
+    boxes = torch.stack([x.amin(1), boxes[:, 1], x.amax(1), boxes[:, 3]], 1) * seen
     order = torch.rand(count, 3).argsort(1)
     pixels = pixels.gather(1, order[:, :, None, None].expand_as(pixels))
     gain = torch.empty(count, 1, 1, 1).uniform_(0.7, 1.3)
@@ -122,7 +139,7 @@ def _tokens_in(boxes: Tensor, grid: int) -> Tensor:
     return (in_y[:, :, None] & in_x[:, None, :]).flatten(1)
 
 
-def train_vit(singles: list[Picture], minutes: float, seed: int = 0) -> nn.Module:
+def train_vit(singles: list[Picture], steps: int, seed: int = 0) -> nn.Module:
     """Train the selector on single-object pictures.
 
     Beside the class, the patch tokens learn what they lie on, and the class token to look at the object: without that
@@ -130,25 +147,25 @@ def train_vit(singles: list[Picture], minutes: float, seed: int = 0) -> nn.Modul
 
     Args:
         singles: picture i shows class i modulo the number of classes.
-        minutes: training stops after this time; the learning rate falls to 0 over it.
+        steps: batches of 64; the learning rate falls to 0 over them.
 
     Returns:
         The ViT, in eval mode.
     """
     torch.manual_seed(seed)
-    views, boxes = (torch.stack(parts) for parts in zip(*map(_squash, singles), strict=True))
-    labels = torch.arange(len(singles)) % len(CLASSES)
+    views, boxes = (torch.stack(parts) for parts in zip(*(_squash(p, STORED) for p in singles), strict=True))
+    labels, unseen = torch.arange(len(singles)) % len(CLASSES), unseen_views(200)
     model = timm.create_model(ARCH, num_classes=len(CLASSES), **KWARGS)
     spot = nn.Linear(int(KWARGS["embed_dim"]), len(CLASSES) + 1)  # class or background of one token; not shipped
     parameters = [*model.parameters(), *spot.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
-    batch, start, step, peak = 64, time.monotonic(), 0, 1e-3
-    while (done := (time.monotonic() - start) / 60 / minutes) < 1:
+    for step in range(steps):
+        done = step / steps
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
-        index = torch.randint(len(singles), (batch,))
-        x, box = _augment(views[index].float() / 255, boxes[index])
-        inside = _tokens_in(box, VIEW // 16)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * done))
+        index = torch.randint(len(singles), (64,))
+        x, box = _augment(views[index].float() / 255, boxes[index], done)
+        inside = _tokens_in(box, GRID)
         with ClassTokenRows(model) as attention:
             tokens = model.forward_features((x - 0.5) / 0.5)
         logits = model.forward_head(tokens)
@@ -163,23 +180,27 @@ def train_vit(singles: list[Picture], minutes: float, seed: int = 0) -> nn.Modul
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        step += 1
-        if step % 100 == 0:
-            hit = (logits.argmax(1) == labels[index]).float().mean().item()
-            print(f"ViT step {step} ({done:.0%}): loss {loss.item():.3f}, batch accuracy {hit:.2f}", flush=True)
+        if step % 500 == 499:
+            accuracy, share = check_vit(model, *unseen)
+            print(f"ViT step {step + 1} of {steps}: top-1 {accuracy:.2f}, on the object {share:.2f}", flush=True)
     return model.eval()  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
-def check_vit(model: nn.Module, count: int = 400) -> tuple[float, float]:
-    """Top-1 on good pictures that were never trained on, and the share of the last block's attention on the box."""
+def unseen_views(count: int) -> tuple[Tensor, Tensor]:
+    """Good pictures that are never trained on, picture i of class i modulo the number of classes, and their boxes."""
     pictures = [render(plan_single(f"check/{i}", CLASSES[i % len(CLASSES)])) for i in range(count)]
-    views, boxes = (torch.stack(parts) for parts in zip(*map(_squash, pictures), strict=True))
+    views, boxes = zip(*(_squash(picture, VIEW) for picture in pictures), strict=True)
+    return torch.stack(views), torch.stack(boxes)
+
+
+@torch.inference_mode()
+def check_vit(model: nn.Module, views: Tensor, boxes: Tensor) -> tuple[float, float]:
+    """Top-1, and the share of the last block's attention that is on the object."""
     with ClassTokenRows(model) as attention:
         logits = model((views.float() / 255 - 0.5) / 0.5)
-    inside = _tokens_in(boxes, VIEW // 16)
-    mass = (attention.rows[-1].mean(1) * inside).sum(1).mean().item()
-    return (logits.argmax(1) == torch.arange(count) % len(CLASSES)).float().mean().item(), mass
+    share = (attention.rows[-1].mean(1) * _tokens_in(boxes, GRID)).sum(1).mean()
+    hits = logits.argmax(1) == torch.arange(len(views)) % len(CLASSES)
+    return hits.float().mean().item(), share.item()
 
 
 def save_vit(model: nn.Module, folder: Path) -> None:
@@ -282,12 +303,12 @@ def draw_pictures(singles: int, scenes: int, composites: int) -> tuple[list[Pict
     return single, many + [draw_composite(single, i) for i in range(composites)]
 
 
-def make_vit(out: Path, single: list[Picture], minutes: float) -> None:
+def make_vit(out: Path, single: list[Picture], steps: int) -> None:
     """Train, check and write the selector."""
     torch.set_num_threads(1)
-    vit = train_vit(single, minutes)
-    accuracy, mass = check_vit(vit)
-    print(f"ViT: top-1 {accuracy:.3f} on unseen good pictures, attention on the object {mass:.2f}", flush=True)
+    vit = train_vit(single, steps)
+    accuracy, share = check_vit(vit, *unseen_views(400))
+    print(f"ViT: top-1 {accuracy:.3f} on unseen good pictures, attention on the object {share:.2f}", flush=True)
     save_vit(vit, out)
 
 
@@ -304,12 +325,12 @@ def main(
     out: Path = HERE,
     singles: int = 6000,
     scenes: int = 2000,
-    composites: int = 800,
-    minutes: float = 12,
-    epochs: int = 10,
+    composites: int = 1000,
+    steps: int = 3500,
+    epochs: int = 9,
 ) -> None:
     """Draw the pictures, then train both models side by side, one core each, and write them to `out`."""
     single, pictures = draw_pictures(singles, scenes, composites)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for job in (pool.submit(make_vit, out, single, minutes), pool.submit(make_yolo, out, pictures, epochs)):
+        for job in (pool.submit(make_vit, out, single, steps), pool.submit(make_yolo, out, pictures, epochs)):
             job.result()
