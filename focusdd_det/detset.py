@@ -346,6 +346,8 @@ def _strays(folder: Path, known: set[str]) -> Iterator[Path]:
     for part, suffix in PARTS.items():
         top = folder / part
         for path in sorted(top.iterdir()) if top.is_dir() else []:
+            if (part, path.name) == ("labels", "train.cache"):
+                continue  # stock Ultralytics leaves it when it trains on the set; nothing here ever opens it
             if path.name != "train" or path.is_symlink():
                 yield path
         inner = top / "train"
