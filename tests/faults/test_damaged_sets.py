@@ -103,9 +103,7 @@ DAMAGES: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_verify_names_it(
-    damage: Damage, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_names_it(damage: Damage, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(unbroken, tmp_path / "set")
     path = damage(folder)
     assert main(["verify", str(folder)]) == 6
@@ -122,7 +120,7 @@ REPAIRED = [
 def repair(damage: Damage, workshop: Workshop, unbroken: Path, folder: Path) -> None:
     shutil.copytree(unbroken, folder)
     damage(folder)
-    with pytest.raises((VerifyError, DiskError), match="damaged|not a set"):
+    with pytest.raises((VerifyError, DiskError), match=r"damaged|not a set"):
         workshop.build(folder)
     workshop.build(folder, resume=True)
     assert tree(folder) == tree(unbroken)
@@ -144,7 +142,7 @@ def test_stray_files_are_named_and_moved_aside_never_deleted(
     workshop: Workshop, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(unbroken, tmp_path / "set")
-    strays = ["images/train/holiday.jpg", "labels/train.cache", "notes.txt", "soft/mine/x.bin", "images/train/x.npy"]
+    strays = ["images/train/holiday.jpg", "labels/other.cache", "notes.txt", "soft/mine/x.bin", "images/train/x.npy"]
     for name in strays:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(name.encode())
