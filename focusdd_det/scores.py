@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from focusdd_det.compose import resize
 from focusdd_det.config import BuildConfig
 from focusdd_det.decode import BadImage, decode
-from focusdd_det.errors import DataError, DiskError
+from focusdd_det.errors import DataError, DiskError, FocusDDError
 from focusdd_det.select import Candidates
 from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
@@ -392,7 +392,14 @@ def _ahead(
             following = next(items, None)
             if following is not None:
                 pending.append((following, pool.submit(work, following)))
-            yield item, future.result()
+            try:
+                outcome = future.result()
+            except Exception as error:
+                raise FocusDDError(
+                    f"{item.source} could not be looked at ({type(error).__name__}: {error}); what is done is kept. Run "
+                    "the same command again; if it ends here again, this is a bug: please report it"
+                ) from error
+            yield item, outcome
     finally:
         for _, future in pending:
             future.cancel()

@@ -228,7 +228,7 @@ def _members(archive: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
         for member in archive:
             yield member
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+    except (tarfile.TarError, OSError, EOFError, OverflowError, ValueError) as error:
         raise DataError(f"{file} is damaged or cut short ({error}); copy or download it again") from error
 
 

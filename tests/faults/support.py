@@ -1,4 +1,4 @@
-"""A tiny workshop for builds that are interrupted: drawn sources, random models, and builds in processes of their own."""
+"""A tiny workshop for builds that are interrupted: drawn sources, random models, builds in processes of their own."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def write_teacher(path: Path, names: Sequence[str] = NAMES, seed: int = 0, **cha
 def tree(folder: Path) -> dict[str, str]:
     """Path -> hash of every file and folder of a set, build.log.json apart: what must be equal byte for byte."""
     return {
-        path.relative_to(folder).as_posix(): "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): "folder"
+        if path.is_dir()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
         if path.name != "build.log.json"
     }

@@ -56,9 +56,7 @@ def test_a_changed_key_is_refused_and_named(key: str, workshop: Workshop, stoppe
     assert tree(work) == before
 
 
-def test_another_version_of_a_library_is_refused_and_named(
-    workshop: Workshop, stopped: Path, tmp_path: Path
-) -> None:
+def test_another_version_of_a_library_is_refused_and_named(workshop: Workshop, stopped: Path, tmp_path: Path) -> None:
     work = shutil.copytree(stopped, tmp_path / "set.incomplete")
     text = (work / "build.yaml").read_text()
     (work / "build.yaml").write_text(text.replace("  pillow: ", "  pillow: 1."))

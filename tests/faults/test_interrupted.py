@@ -58,7 +58,9 @@ def test_sigkill_before_the_first_and_after_the_last_composite(
 def test_sigkill_while_sources_are_looked_at(
     begin: Build, workshop: Workshop, tmp_path: Path, unbroken: Path, source: int
 ) -> None:
-    kill_and_go_on(begin, tmp_path, unbroken, Fault("kill", str(workshop.sources), source, reads=True, events=("open",)))
+    kill_and_go_on(
+        begin, tmp_path, unbroken, Fault("kill", str(workshop.sources), source, reads=True, events=("open",))
+    )
 
 
 def test_sigkill_from_outside_after_the_fifth_image(begin: Build, tmp_path: Path, unbroken: Path) -> None:
