@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +125,3 @@ def _colour(index: int) -> tuple[int, int, int]:
     hue = np.array([[[index * 47 % 180, 200, 190]]], np.uint8)
     r, g, b = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0]
     return int(r), int(g), int(b)
-
-
-def class_counts(items: Sequence[Item]) -> Counter[str]:
-    """Composites of each class."""
-    return Counter(item.class_name for item in items)

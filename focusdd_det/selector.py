@@ -324,9 +324,3 @@ def _read_spec(path: Path) -> dict[str, Any]:
     if not isinstance(spec, dict) or not {"arch", "classes"} <= set(spec):
         raise WeightsError(f"selector={path}: expected a JSON object with arch and classes (and kwargs, weights)")
     return spec
-
-
-def chance_share(grid: int, side_ratio: float) -> float:
-    """The share of a flat map: (k/g)^2, for instance 0.51 at g = 7. Compare shares within one backbone only."""
-    k = math.floor(side_ratio * grid + 1e-9)
-    return (k / grid) ** 2
