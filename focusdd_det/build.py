@@ -39,7 +39,7 @@ log = logging.getLogger("focusdd")
 # Keys that say where or how fast, not what; every other key is part of what determines the bytes.
 MACHINE_KEYS = (
     "sources", "out", "device", "workers", "threads", "scores", "grow_from", "overwrite", "download",
-    "selector_weights", "teacher", "class_map", "max_bad",
+    "selector", "selector_weights", "teacher", "class_map", "max_bad",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously

@@ -178,7 +178,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """`, did you mean a, b?` for a name that is not among `known`; empty when nothing is near."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6) if len(name) < 60 else []
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -286,8 +286,9 @@ def verify(folder: Path) -> list[str]:
     """
     problems = []
     try:
-        sealed = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
-        if not isinstance(sealed, dict) or set(sealed) != set(HASHED):
+        text = (folder / "COMPLETE").read_text(encoding="utf-8")
+        sealed = json.loads(text)
+        if not isinstance(sealed, dict) or set(sealed) != set(HASHED) or text != _seal_text(sealed):
             raise ValueError("expected the hashes of " + ", ".join(HASHED))
     except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{folder / 'COMPLETE'}: {error}")
@@ -299,7 +300,7 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{folder / name}: {error.strerror}")
             continue
         if sealed and sha256(data) != sealed[name]:
-            problems.append(f"{folder / name}: not the bytes that COMPLETE names")
+            problems.append(f"{folder / name}: not the bytes that {folder / 'COMPLETE'} names")
     names: list[str] = []
     try:
         names = read_data_yaml(folder)
@@ -417,7 +418,11 @@ def seals(folder: Path, name: str, data: bytes) -> bool:
 def seal(folder: Path) -> bytes:
     """The content of COMPLETE."""
     table = {name: sha256((folder / name).read_bytes()) for name in HASHED}
-    return (json.dumps(table, indent=1, sort_keys=True) + "\n").encode()
+    return _seal_text(table).encode()
+
+
+def _seal_text(table: dict[str, str]) -> str:
+    return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
 
 @contextlib.contextmanager

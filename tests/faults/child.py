@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SMALL = 3000  # bytes: the output of a build fits, its pictures and scores do not
+
 
 @dataclass(frozen=True)
 class Fault:
     """What happens, and when.
 
     Attributes:
-        kind: kill (SIGKILL), interrupt (SIGINT), limit (RLIMIT_FSIZE of 0: every write fails from now on), fill (the
+        kind: kill (SIGKILL), interrupt (SIGINT), limit (RLIMIT_FSIZE: writing more than a few bytes fails), fill (the
             file system of `below` is filled to the last byte), fsync or replace (the call fails with ENOSPC), record.
         below: only what happens below this folder counts.
         at: the number of the moment, from 0; for fsync and replace the number of the call.
@@ -110,7 +112,7 @@ def _happen(fault: Fault) -> None:
     elif fault.kind == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     elif fault.kind == "limit":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
     elif fault.kind == "fill":
         fill(Path(fault.below))
 
