@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,8 @@ from ultralytics.data.utils import IMG_FORMATS, exif_size
 from ultralytics.utils import DEFAULT_CFG, TQDM, nms, ops
 
 from focusdd_det.detset import write_atomic
-from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.replay import CleanDataset
+from focusdd_det.errors import ConfigError, DataError, WeightsError
+from focusdd_det.replay import CleanDataset, refuse_cut_jpegs
 from focusdd_det.teacher import STRIDE, file_sha256, safe_checkpoint
 
 EVALUATOR = "pycocotools"
@@ -113,7 +113,8 @@ def load_annotations(path: str | Path) -> COCO:
     """A COCO annotations file.
 
     Raises:
-        DataError: missing, not JSON, without images, annotations or categories, or with a category name twice.
+        DataError: missing, not JSON, without images, annotations or categories, or with rows that contradict each
+            other; pycocotools would score such a file without a word.
     """
     file = Path(path)
     if not file.is_file():
@@ -123,20 +124,58 @@ def load_annotations(path: str | Path) -> COCO:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file} is not a JSON file ({error}); expected COCO annotations") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{file} is not a JSON file ({error}); expected COCO annotations; get it again") from error
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
     if missing:
         raise DataError(f"{file} has no {', '.join(missing)}; expected COCO annotations (instances_*.json)")
-    names = [str(c.get("name")) for c in content["categories"]]
-    doubled = sorted({n for n in names if names.count(n) > 1})
-    if doubled:
-        raise DataError(f"{file} has categories of one name: {', '.join(doubled)}; classes are matched by name")
+    try:
+        problem = _contradiction(content)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{file} is not in COCO's format ({type(error).__name__}: {error}); get it again") from error
+    if problem:
+        raise DataError(f"{file} cannot be trusted: {problem}; get it again or mend it")
+    for number, row in enumerate(content["annotations"], 1):
+        # pycocotools takes an object numbered 0 for not found, and insists on `area` and `iscrowd`
+        row.update(id=number, area=row.get("area", row["bbox"][2] * row["bbox"][3]), iscrowd=row.get("iscrowd", 0))
     truth = COCO()
     truth.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
+
+
+def _contradiction(content: dict[str, Any]) -> str:
+    """What is wrong with the rows of an annotations file; empty if nothing is."""
+    for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id"), ("categories", "name")):
+        twice = _twice(row[key] for row in content[part])
+        if twice is not None:
+            return f"two {part} have the {key} {twice!r}"
+    if not all(type(row["id"]) is int for part in ("images", "categories") for row in content[part]):
+        return "ids must be whole numbers"
+    twice = _twice(row["id"] for row in content["annotations"] if "id" in row)
+    if twice is not None:
+        return f"two annotations have the id {twice!r}"
+    images, categories = ({row["id"] for row in content[part]} for part in ("images", "categories"))
+    for row in content["annotations"]:
+        box = row["bbox"]
+        if row["image_id"] not in images:
+            return f"an annotation belongs to image {row['image_id']!r}, which is not listed"
+        if row["category_id"] not in categories:
+            return f"an annotation has the category {row['category_id']!r}, which is not listed"
+        numbers = [*box, row.get("area", 0)]
+        if len(box) != 4 or not all(math.isfinite(v) for v in numbers) or min(*box[2:], numbers[4]) < 0:
+            return f"the annotation {row.get('id')!r} of image {row['image_id']!r} has the box {box}"
+    return ""
+
+
+def _twice(values: Iterable[Any]) -> Any:
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
 
 
 def usual_annotations(data: dict[str, Any]) -> Path | None:
@@ -241,6 +280,7 @@ class _Pictures(CleanDataset):
         return [str(p) for p in img_path]
 
     def get_labels(self) -> list[dict[str, Any]]:
+        refuse_cut_jpegs(self.im_files)
         return [
             {
                 "im_file": name,
@@ -314,8 +354,11 @@ def detect(
     found: list[dict[str, Any]] = []
     for part in TQDM(loader, desc=f"{Path(weights).name} on {len(images)} images", total=len(loader)):
         x = part["img"].to(device).float() / 255
+        raw = model(x)[0]
+        if not bool(torch.isfinite(raw).all()):  # NMS would drop such boxes without a word
+            raise WeightsError(f"{weights} gives values that are not finite (NaN or infinity): its weights are damaged")
         predictions = nms.non_max_suppression(
-            model(x)[0], conf, iou, multi_label=True, max_det=max_det, end2end=one2one, max_time_img=60.0
+            raw, conf, iou, multi_label=True, max_det=max_det, end2end=one2one, max_time_img=60.0
         )
         for k, rows in enumerate(predictions):
             image_id = images[Path(part["im_file"][k])]
@@ -342,8 +385,11 @@ def score(truth: COCO, detections: list[dict[str, Any]], image_ids: Sequence[int
     """COCOeval after evaluate() and accumulate(), on these pictures only; no detections give zeros.
 
     Raises:
-        DataError: values that are not finite.
+        DataError: values that are not finite, or detections on other pictures.
     """
+    others = {row["image_id"] for row in detections} - set(truth.getImgIds())
+    if others:
+        raise DataError(f"detections on images that are not annotated: {sorted(others, key=str)[:5]}")
     if any(not math.isfinite(v) for row in detections for v in (*row["bbox"], row["score"])):
         raise DataError("the model gives boxes or scores that are not finite (NaN or infinity); nothing to evaluate")
     with contextlib.redirect_stdout(io.StringIO()):

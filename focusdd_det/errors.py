@@ -5,6 +5,10 @@ Every message says what happened, in which file, what was expected and what to d
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # wherever it strikes, this is a full disk
+
 
 class FocusDDError(Exception):
     """Base of all errors this package raises on purpose. `exit_code` is what the process returns."""

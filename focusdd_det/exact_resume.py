@@ -8,7 +8,6 @@ replacement updates everything. `weights/resume.json` is a copy of that JSON for
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from focusdd_det.detset import write_atomic
@@ -122,15 +121,12 @@ def restore_generators(state: ResumeState) -> None:
 
 
 def save(state: ResumeState, weights: Path) -> None:
-    """Write both files into the run's weights folder, each by a temporary name and one replacement."""
-    temporary = weights / f".{TENSORS}.tmp"
-    try:
-        save_file(state.tensors, temporary, metadata={_KEY: json.dumps(state.counters)})
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(weights / TENSORS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write both files into the run's weights folder, each by a temporary name and one replacement.
+
+    Raises:
+        DiskError: full disk, no permission; the files of the epoch before are still there.
+    """
+    write_atomic(weights / TENSORS, serialize(state.tensors, metadata={_KEY: json.dumps(state.counters)}))
     readable = {k: v for k, v in state.counters.items() if not k.startswith("rng_")}
     write_atomic(weights / SIDECAR, json.dumps(readable, indent=1).encode())
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
-from focusdd_det.errors import VerifyError
+from focusdd_det.errors import DataError
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -60,8 +60,28 @@ def no_label_cache() -> Iterator[None]:
         ultralytics_dataset.save_dataset_cache_file = before
 
 
+def refuse_cut_jpegs(files: Iterable[str]) -> None:
+    """Refuse cut-short JPEGs before Ultralytics sees them: it would "restore" them by writing over the originals.
+
+    Raises:
+        DataError: naming the first such file.
+    """
+    for name in files:
+        with Path(name).open("rb") as file:
+            jpeg = file.read(2) == b"\xff\xd8"
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 2))
+            if size == 0 or (jpeg and file.read() != b"\xff\xd9"):
+                raise DataError(
+                    f"{name} is cut short ({size} bytes, no JPEG end marker); replace it or take it out of the data"
+                )
+
+
 class CleanDataset(YOLODataset):  # type: ignore[misc]
     """A YOLO data set that leaves its folder as it is: label caches (pickles) are neither read nor written.
+
+    Raises:
+        DataError: a JPEG that is cut short, which Ultralytics would rewrite.
 
     Attributes:
         dropped: messages about pictures or labels that Ultralytics left out or complained about.
@@ -69,6 +89,7 @@ class CleanDataset(YOLODataset):  # type: ignore[misc]
     """
 
     def _load_or_scan_cache(self, cache_path: Path, cache_hash: str) -> tuple[dict[str, Any], bool]:
+        refuse_cut_jpegs(self.im_files)
         with no_label_cache():
             cache: dict[str, Any] = self.cache_labels(cache_path)
         self.dropped = [str(message) for message in cache["msgs"]]
@@ -122,25 +143,6 @@ def _walk(transform: Any) -> Iterator[Any]:
         yield from _walk(inner)
     if getattr(transform, "pre_transform", None) is not None:
         yield from _walk(transform.pre_transform)
-
-
-def check_jpeg_tails(files: list[str]) -> None:
-    """Refuse cut-short JPEGs before Ultralytics sees them: it would "restore" them by writing into the set.
-
-    Raises:
-        VerifyError: naming the first such file.
-    """
-    for name in files:
-        if Path(name).suffix.lower() not in (".jpg", ".jpeg"):
-            continue
-        with Path(name).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 2))
-            if file.read() != b"\xff\xd9":
-                raise VerifyError(
-                    f"{name} is cut short ({size} bytes, no JPEG end marker): the set is not what was built; "
-                    "run its build again, which replaces damaged files only"
-                )
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from ultralytics.nn.tasks import guess_model_task, yaml_model_load
+from ultralytics.nn.tasks import DetectionModel, guess_model_task, yaml_model_load
 from ultralytics.utils.checks import check_model_file_from_stem
 from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, WeightsError
-from focusdd_det.teacher import resolve_weights, safe_read
+from focusdd_det.teacher import resolve_weights, safe_checkpoint, safe_read, safe_ultralytics
 
 
 class WholePath(type(Path())):  # type: ignore[misc]
@@ -64,13 +64,20 @@ def resumable_args(last: Path) -> dict[str, Any]:
     return dict(args) if isinstance(args, Mapping) else vars(args)
 
 
+def checkpoint_argument(name: str, download: bool) -> str:
+    """A .pt that holds a detector and nothing that runs."""
+    file = resolve_weights(name, download)
+    safe_checkpoint(file)
+    return str(file)
+
+
 def model_argument(model: Any, download: bool) -> str:
     """A .pt that exists, or a YAML of a detector; never something that Ultralytics would fetch."""
     if model is None:
         raise ConfigError("model= is missing; e.g. model=yolo11n.yaml trains YOLO11n from scratch")
     name = str(check_model_file_from_stem(str(model)))
     if Path(name).suffix == ".pt":
-        return str(resolve_weights(name, download))
+        return checkpoint_argument(name, download)
     if Path(name).suffix not in (".yaml", ".yml"):
         raise ConfigError(f"model={model}: expected a .yaml (from scratch) or a .pt (from its weights)")
     try:
@@ -79,6 +86,11 @@ def model_argument(model: Any, download: bool) -> str:
         raise ConfigError(f"model={model}: no such YAML here or in Ultralytics; e.g. yolo11n.yaml") from error
     if task != "detect":
         raise ConfigError(f"model={model} is a model for {task}; expected a detector such as yolo11n.yaml")
+    try:
+        with safe_ultralytics():
+            DetectionModel(name, verbose=False)
+    except Exception as error:  # a model's YAML reaches us as whatever the builder trips over
+        raise ConfigError(f"model={model}: no model can be built from it ({type(error).__name__}: {error})") from error
     return name
 
 
@@ -94,9 +106,10 @@ def strip(file: Path, updates: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def cut_results(csv: Path, epochs: int) -> None:
-    """Drop rows of epochs that will be run again."""
-    if not csv.is_file():
-        return
-    head, *rows = csv.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if row.strip() and float(row.split(",")[0]) <= epochs]
-    write_atomic(csv, ("\n".join([head, *kept]) + "\n").encode())
+    """Drop rows of epochs that will be run again, and rows that a full disk cut short."""
+    head, *rows = csv.read_text(encoding="utf-8").splitlines() if csv.is_file() and csv.stat().st_size else [""]
+    kept = [row for row in rows if row.count(",") == head.count(",") and float(row.split(",")[0]) <= epochs]
+    if kept:
+        write_atomic(csv, ("\n".join([head, *kept]) + "\n").encode())
+    else:
+        csv.unlink(missing_ok=True)  # Ultralytics writes the header into a new file only

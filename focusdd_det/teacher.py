@@ -148,11 +148,6 @@ def safe_read(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"checkpoint not found: {file}; {_HOW_TO_GET}")
-    if not tasks._SafeLoad.SUPPORTED:
-        raise WeightsError(
-            f"torch {torch.__version__} cannot load checkpoints safely; install torch 2.6 or newer ({file} "
-            "was not opened)"
-        )
     _check_container(file)
     # Ultralytics rewrites names (yolov5s.pt, quotes) and may then download another file; this name is never
     # rewritten.
@@ -258,6 +253,13 @@ class Detector:
         self._gather = None if order == list(range(len(own))) else torch.tensor(order, device=device)
         if any(abs(s - int(s)) > 0 for s in self._strides) or max(self._strides) > STRIDE:
             raise WeightsError(f"{path} has strides {self._strides}, expected whole numbers up to {STRIDE}")
+
+    def to(self, device: torch.device) -> Detector:
+        """Moved there; itself."""
+        self.device = device
+        self._model = self._model.to(device)
+        self._gather = None if self._gather is None else self._gather.to(device)
+        return self
 
     def __repr__(self) -> str:
         heads = "two heads" if self.end2end else "one head"

@@ -4,24 +4,29 @@ downloaded."""
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+import yaml
 from ultralytics.data.utils import check_det_dataset
-from ultralytics.utils import ROOT, USER_CONFIG_DIR
+from ultralytics.utils import DATASETS_DIR, LOGGER, RANK, ROOT, USER_CONFIG_DIR
 
 from focusdd_det import detset
 from focusdd_det.config import read_yaml
-from focusdd_det.errors import DataError, VerifyError
+from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.replay import CleanDataset
 from focusdd_det.teacher import file_sha256
 
 SPLITS = ("train", "val", "test")
+MANY = 1000  # composites from which checking them is announced, because it takes seconds
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,8 @@ def resolve_data(data: str | os.PathLike[str] | None) -> TrainData:
     """A set's folder, its data.yaml, or any YOLO data.yaml, by path or by Ultralytics' own name (coco8.yaml).
 
     Raises:
-        DataError: missing; or a set's data.yaml that wants a download, has a `path:` key, or leaves its
-            folder.
-        VerifyError: a set that is unfinished or not what its manifest says.
+        DataError: missing.
+        VerifyError: a set that is unfinished or not, to the byte, what its manifest says.
     """
     if data is None:
         raise DataError("data= is missing; expected the folder of a distilled set, or a YOLO data.yaml")
@@ -83,42 +87,82 @@ def _bundled(path: Path) -> Path:
 
 def _resolve_set(file: Path) -> TrainData:
     folder = file.parent
-    content = read_yaml(file)
-    if "download" in content:
-        raise DataError(f"{file} has a `download:` key; a distilled set holds its own pictures. Remove the key")
-    if "path" in content:
-        raise DataError(f"{file} has a `path:` key; in a distilled set paths are relative to its folder. Remove it")
-    for split in SPLITS:
-        value = content.get(split)
-        for entry in value if isinstance(value, list) else [value] if value else []:
-            text = str(entry)
-            parts = PurePosixPath(text.replace("\\", "/"))
-            if parts.is_absolute() or PureWindowsPath(text).is_absolute() or ".." in parts.parts:
-                raise DataError(f"{file}: `{split}: {text}` leaves the set's folder; expected a path inside it")
-            if not (folder / text).resolve().is_relative_to(folder.resolve()):
-                raise DataError(f"{file}: `{split}: {text}` is a link that leaves the set's folder")
     if not (folder / "COMPLETE").is_file():
         raise VerifyError(f"{folder} has no COMPLETE file: its build has not finished; run the build again")
-    manifest = folder / "manifest.jsonl"
-    if not manifest.is_file():
-        raise VerifyError(f"{folder} has no manifest.jsonl, so it cannot be checked; build the set again")
     items = list(detset.read_manifest(folder))
+    if RANK in {-1, 0}:
+        _verify(folder, len(items))
     covered = tuple(dict.fromkeys(item.class_name for item in items))
-    return TrainData(file, folder, len(items), file_sha256(manifest), covered)
+    return TrainData(file, folder, len(items), file_sha256(folder / "manifest.jsonl"), covered)
+
+
+def _verify(folder: Path, count: int) -> None:
+    if count >= MANY:
+        LOGGER.info(f"{folder}: checking {count} composites against the manifest...")
+    began = time.perf_counter()
+    problems = detset.verify(folder)
+    if count >= MANY:
+        LOGGER.info(f"{folder}: checked in {time.perf_counter() - began:.1f} s")
+    if problems:
+        shown = "\n  ".join([*problems[:10], *([f"... and {len(problems) - 10} more"] if len(problems) > 10 else [])])
+        raise VerifyError(
+            f"{folder} is not the set that was built:\n  {shown}\nRun its build again with --resume, which repairs "
+            "what is damaged, or copy the set again"
+        )
 
 
 def load_yolo_data(file: Path, split: str) -> dict[str, Any]:
     """Ultralytics' own reading of a data.yaml: names, nc, channels and resolved paths. Never downloads.
+
+    A relative `path:` is tried from the working directory, as in Ultralytics, then from the file's own folder, then
+    from Ultralytics' datasets folder.
 
     Raises:
         DataError: pictures missing, keys missing, names and nc that disagree.
     """
     provide_font()
     try:
-        data: dict[str, Any] = check_det_dataset(str(file), autodownload=False, split=split)
+        content = {key: value for key, value in read_yaml(file).items() if key != "download"}
+        with _as_file({**content, "path": str(_data_root(file, content, split))}) as resolved:
+            data: dict[str, Any] = check_det_dataset(str(resolved), autodownload=False, split=split)
+    except DataError:
+        raise
+    except ConfigError as error:
+        raise DataError(f"{error}; expected a YOLO data.yaml") from error
     except Exception as error:  # Ultralytics raises FileNotFoundError, SyntaxError, TypeError, AssertionError
         raise DataError(f"{file} cannot be used: {str(error).strip()}") from error
-    return data
+    return {**data, "yaml_file": str(file)}
+
+
+def _data_root(file: Path, content: Mapping[str, Any], split: str) -> Path:
+    """The folder that a data.yaml's paths start from: where the pictures of the split are."""
+    relative = Path(str(content.get("path") or file.resolve().parent))
+    roots = list(dict.fromkeys(base.resolve() / relative for base in (Path(), file.parent, Path(DATASETS_DIR))))
+    value = content.get(split)
+    entries = [str(entry) for entry in (value if isinstance(value, list) else [value]) if entry]
+    for root in roots:
+        # Ultralytics forgives one `../` too many
+        if all((root / entry).exists() or (root / entry.removeprefix("../")).exists() for entry in entries):
+            return root
+    tried = "\n  ".join(str(root) for root in roots)
+    raise DataError(
+        f"{file}: images not found: `{split}: {value}` is in none of these folders:\n  {tried}\n"
+        "Put the pictures there, or write where they are as `path:`; nothing is downloaded"
+    )
+
+
+@contextlib.contextmanager
+def _as_file(content: Mapping[str, Any]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="focusdd-data-") as folder:
+        path = Path(folder) / "data.yaml"
+        path.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
+        yield path
+
+
+def resolved_yaml(data: Mapping[str, Any]) -> contextlib.AbstractContextManager[Path]:
+    """Inside, a data.yaml with absolute paths for code of Ultralytics that insists on reading one."""
+    content = {key: data[key] for key in ("names", "channels", *SPLITS) if data.get(key)}
+    return _as_file({**content, "path": str(data["path"])})
 
 
 @cache

@@ -17,19 +17,28 @@ from typing import Any
 import torch
 import ultralytics
 import yaml
+from ultralytics.cfg import get_save_dir
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.detset import write_atomic
-from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
+from focusdd_det.errors import DISK_FULL, ConfigError, DataError, DiskError, FocusDDError, VerifyError, WeightsError
 from focusdd_det.precision import local_amp_check
-from focusdd_det.replay import CleanDataset, ReplayDataset, check_jpeg_tails, replay_loader, rewind
-from focusdd_det.run_files import WholePath, cut_results, find_last, model_argument, resumable_args, strip
+from focusdd_det.replay import CleanDataset, ReplayDataset, replay_loader, rewind
+from focusdd_det.run_files import (
+    WholePath,
+    checkpoint_argument,
+    cut_results,
+    find_last,
+    model_argument,
+    resumable_args,
+    strip,
+)
 from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
-from focusdd_det.teacher import Detector, file_sha256, load_detector, resolve_weights, safe_ultralytics
-from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data
+from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
+from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
 
 ORIGIN_KEY = "focusdd_origin"  # hashes of the set and the teacher, kept in the checkpoint's arguments
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
@@ -51,6 +60,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     """
 
     loss_names: tuple[str, ...]
+    start_epoch: int
 
     def __init__(
         self,
@@ -70,13 +80,17 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             given.setdefault("augmentations", [])
         given["task"] = "detect"
         self.teacher: Detector | None = None
+        self._teacher_finite: torch.Tensor | None = None  # whether all its outputs of this epoch are; on the device
         self._state: exact_resume.ResumeState | None = None
         self._last_step = -1  # number of the batch after which the optimizer stepped last, counted from epoch 0
         self._resumed_step: int | None = None
         self._nominal: int | None = None
         self._batch = -1
-        with safe_ultralytics():
-            super().__init__(cfg, given, _callbacks)
+        try:
+            with safe_ultralytics():
+                super().__init__(cfg, given, _callbacks)
+        except (NotADirectoryError, FileExistsError, PermissionError) as error:
+            raise DiskError(f"the run folder cannot be made: {error}; choose another place with project=") from error
         self.wdir: Path = WholePath(self.save_dir / "weights")
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
         for key, value in {**dataclasses.asdict(self.options), ORIGIN_KEY: self.origin}.items():
@@ -106,22 +120,28 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
         self.args.data = str(self.source.yaml)
+        run = Path(get_save_dir(self.args))
+        if self.source.folder is not None and run.resolve().is_relative_to(self.source.folder.resolve()):
+            raise ConfigError(
+                f"the run folder {run} would lie inside the set {self.source.folder}; give project=<elsewhere>"
+            )
         self._described = self._describe_data()
         self.args.model = model_argument(self.args.model, self.options.download)
         if isinstance(self.args.pretrained, (str, Path)):
-            self.args.pretrained = str(resolve_weights(self.args.pretrained, self.options.download))
-        self._check_teacher_file(bool(resumed))
+            self.args.pretrained = checkpoint_argument(str(self.args.pretrained), self.options.download)
+        self._load_teacher(bool(resumed))
         self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
         if resumed:
             self._check_origin(before.get(ORIGIN_KEY) or {})
 
-    def _check_teacher_file(self, resuming: bool) -> None:
-        self._teacher_file: Path | None = None
+    def _load_teacher(self, resuming: bool) -> None:
         self._teacher_sha256 = ""
         if not self.options.uses_teacher:
             return
         try:
-            self._teacher_file = resolve_weights(str(self.options.teacher), self.options.download)
+            names = self._described["names"]
+            file = resolve_weights(str(self.options.teacher), self.options.download)
+            self.teacher = load_detector(file, "cpu", [str(names[i]) for i in range(len(names))])
         except WeightsError as error:
             if not resuming:
                 raise
@@ -129,7 +149,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 f"the run that is resumed was taught by {self.options.teacher}, which cannot be used now: {error}\n"
                 "Put the file back, or give its new place with teacher=<path>"
             ) from error
-        self._teacher_sha256 = file_sha256(self._teacher_file)
+        self._teacher_sha256 = self.teacher.sha256
 
     def _check_origin(self, began_with: Mapping[str, str]) -> None:
         if began_with.get("set", self.origin["set"]) != self.origin["set"]:
@@ -140,7 +160,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             )
         if began_with.get("teacher", self.origin["teacher"]) != self.origin["teacher"]:
             raise WeightsError(
-                f"{self._teacher_file} is another file than the teacher this run began with; put it back, or start a "
+                f"{self.options.teacher} is another file than the teacher this run began with; put it back, or start a "
                 "new run with this one"
             )
 
@@ -209,8 +229,6 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if self.eval_source is not None and not self.args.single_cls:
                 rename_classes(dataset, self.eval_source["names"], self.data["names"])
             return dataset
-        if self.source.folder is not None:
-            check_jpeg_tails([str(f) for f in sorted((self.source.folder / "images" / "train").glob("*"))])
         dataset = ReplayDataset(**common, seed=self.args.seed)
         if self.source.folder is not None and self.args.fraction == 1.0:
             check_count(dataset, self.source)
@@ -249,9 +267,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             super()._setup_train()
         model = unwrap_model(self.model)
         head = model.model[-1]
-        if self._teacher_file is not None:
-            names = [str(self.data["names"][i]) for i in range(self.data["nc"])]
-            self.teacher = load_detector(self._teacher_file, self.device, names)
+        if self.teacher is not None:
+            self.teacher.to(self.device)
         reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)
         model.criterion = build_criterion(model, self.options, reg_max)
         if self.start_epoch and hasattr(model.criterion, "updates"):  # the schedule of YOLO26's two heads
@@ -282,12 +299,60 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Ultralytics' own, then the teacher's heads on exactly the pictures that the student will see."""
         batch = super().preprocess_batch(batch)
         if self.teacher is not None:
-            batch[TEACHER_KEY] = self.teacher.heads(batch["img"])
+            batch[TEACHER_KEY] = heads = self.teacher.heads(batch["img"])
+            finite = all_finite(heads)
+            self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
         if self._resumed_step is not None:
             # Ultralytics counts accumulated batches from -1 after a resume; shift its threshold to the true count.
             self._nominal = self.accumulate
             self.accumulate += self._resumed_step + 1
         return batch
+
+    def _check_teacher_outputs(self) -> None:
+        """Asked once an epoch: asking after every batch would wait for the device."""
+        finite, self._teacher_finite = self._teacher_finite, None
+        if finite is not None and not bool(finite):
+            raise WeightsError(
+                f"the teacher {self.options.teacher} gave values that are not finite (NaN or infinity) on pictures of "
+                f"epoch {self.epoch + 1}; nothing of that epoch is kept. Its weights are damaged or overflow: get the "
+                "checkpoint again, or train with amp=False"
+            )
+
+    # ---- what ends a run ----
+
+    def _do_train(self) -> None:
+        """Ultralytics' loop; what breaks from outside ends it with what broke and how to go on.
+
+        Raises:
+            DiskError: a full disk.
+            DataError: a picture of the data disappeared.
+            FocusDDError: a data-loading process died.
+        """
+        try:
+            super()._do_train()
+        except DiskError as error:
+            raise DiskError(f"{error.__cause__ or error}: the run folder cannot be written. {self._go_on()}") from error
+        except (OSError, EOFError, RuntimeError) as error:  # a dead process shows as any of them
+            if dead := self._dead_workers():
+                raise FocusDDError(
+                    f"{' and '.join(dead)} died (the system kills processes when memory runs out: try "
+                    f"workers={self.args.workers // 2}). {self._go_on()}"
+                ) from error
+            if "Image Not Found" in str(error):
+                told = str(error).strip().splitlines()[-1]
+                raise DataError(f"{told}: a picture was taken away. {self._go_on()}") from error
+            if not isinstance(error, OSError) or error.errno not in DISK_FULL:
+                raise
+            raise DiskError(f"{error}: the run folder cannot be written. {self._go_on()}") from error
+
+    def _dead_workers(self) -> list[str]:
+        workers = getattr(getattr(getattr(self, "train_loader", None), "iterator", None), "_workers", ())
+        return [f"picture-loading process {w.pid} (exit code {w.exitcode})" for w in workers if w.exitcode]
+
+    def _go_on(self) -> str:
+        if Path(self.last).is_file():
+            return f"When that is mended, go on with resume={self.last}"
+        return "No epoch was finished: when that is mended, give the same command again"
 
     # ---- exact resume ----
 
@@ -300,6 +365,10 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if self._state is not None:
                 self._continue_from(self._state)
                 self._state = None
+            elif self.epoch == self.start_epoch == 0 and RANK in {-1, 0}:
+                self._save_state(-1)  # so that a kill while the first epoch is saved costs nothing but that epoch
+        elif event == "on_train_epoch_end":
+            self._check_teacher_outputs()
         elif event == "on_train_batch_start":
             self._batch += 1
             if self._nominal is not None:
@@ -337,25 +406,28 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Stock last.pt and best.pt, each replaced whole; then what an exact resume needs beside them."""
         saved = bool(super().save_model())
         if saved and not self.stop:
-            counters = {
-                "epoch": self.epoch,
-                "batches": len(self.train_loader),
-                "batch_size": self.batch_size,
-                "seed": self.args.seed,
-                "last_step": self._last_step,
-                "ema_updates": self.ema.updates,
-                "scaler": self.scaler.state_dict(),
-                "best_fitness": _plain(self.best_fitness),
-                "stopper": {
-                    "best_fitness": _plain(self.stopper.best_fitness),
-                    "best_epoch": self.stopper.best_epoch,
-                    "possible_stop": bool(self.stopper.possible_stop),
-                },
-                ORIGIN_KEY: self.origin,
-            }
-            model = unwrap_model(self.model)
-            exact_resume.save(exact_resume.capture(model, self.ema.ema, self.optimizer, counters), Path(self.wdir))
+            self._save_state(self.epoch)
         return saved
+
+    def _save_state(self, epoch: int) -> None:
+        counters = {
+            "epoch": epoch,
+            "batches": len(self.train_loader),
+            "batch_size": self.batch_size,
+            "seed": self.args.seed,
+            "last_step": self._last_step,
+            "ema_updates": self.ema.updates,
+            "scaler": self.scaler.state_dict(),
+            "best_fitness": _plain(self.best_fitness),
+            "stopper": {
+                "best_fitness": _plain(self.stopper.best_fitness),
+                "best_epoch": self.stopper.best_epoch,
+                "possible_stop": bool(self.stopper.possible_stop),
+            },
+            ORIGIN_KEY: self.origin,
+        }
+        state = exact_resume.capture(unwrap_model(self.model), self.ema.ema, self.optimizer, counters)
+        exact_resume.save(state, Path(self.wdir))
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """From resume.safetensors if it belongs to this last.pt; else as Ultralytics does, saying so."""
@@ -369,9 +441,16 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 f"{PREFIX}no matching {exact_resume.TENSORS} beside {self.args.resume}: resuming as Ultralytics "
                 "does, from half-precision weights. The result will not be exactly that of an unbroken run"
             )
+            if epoch + 1 >= self.epochs:
+                raise WeightsError(
+                    f"{self.args.resume} has all {self.epochs} epochs, so there is nothing to resume; validate it with "
+                    f"tools/val_coco.py, or start a new run from it with model={self.args.resume}"
+                )
             super().resume_training(ckpt)
+            cut_results(self.csv, self.start_epoch)
             return
-        super().resume_training({**ckpt, "epoch": state.epoch})
+        super().resume_training({**ckpt, "epoch": max(state.epoch, 0)})  # it refuses to resume before the first epoch
+        self.start_epoch = state.epoch + 1
         exact_resume.restore(state, unwrap_model(self.model), self.ema.ema, self.optimizer)
         self.ema.updates = state.counters["ema_updates"]
         if state.counters["scaler"]:
@@ -426,7 +505,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             LOGGER.info(f"\nValidating {self.best} with Ultralytics' own mAP (selected on this very split)...")
             self.validator.args.plots = self.args.plots
             self.validator.args.compile = False
-            with safe_ultralytics():
+            with safe_ultralytics(), resolved_yaml(self.data) as file:
+                self.validator.args.data = str(file)  # it reads class names there, and finds paths by its own rules
                 self.metrics = self.validator(model=Path(self.best))
             self.metrics.pop("fitness", None)
             self.epoch += 1
@@ -458,6 +538,12 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
         coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
+
+
+def all_finite(heads: Mapping[str, Any]) -> torch.Tensor:
+    """Whether no output of a teacher is NaN or infinite; a tensor, so that nothing waits for the device."""
+    flags = [all_finite(v) if isinstance(v, Mapping) else torch.isfinite(v).all() for v in heads.values()]
+    return torch.stack(flags).all()
 
 
 def _plain(value: Any) -> float | None:

@@ -146,7 +146,7 @@ def test_a_missing_or_wrong_annotations_file(tmp_path: Path, teacher_file: Path,
         "not json": "is not a JSON file",
         "[]": "has no images, annotations, categories",
         '{"images": [], "annotations": []}': "has no categories",
-        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}': "one name",
+        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}': "two categories have the name",
     }.items():
         file = tmp_path / "wrong.json"
         file.write_text(content)
@@ -182,7 +182,7 @@ def test_a_label_file_cannot_remove_a_picture_from_the_evaluation(scene: Path, t
 
 
 def test_an_unreadable_picture(scene: Path, teacher_file: Path) -> None:
-    (scene / "images" / "val" / "scene2.jpg").write_bytes(b"")
+    (scene / "images" / "val" / "scene2.jpg").write_bytes(b"a picture? no")
     with pytest.raises(DataError, match=r"scene2.jpg is not a readable picture"):
         coco_eval.evaluate(teacher_file, annotations(scene), scene / "images/val", imgsz=64)
 

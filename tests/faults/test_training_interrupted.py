@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 from pathlib import Path
@@ -56,9 +57,8 @@ def second(top: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("epoch", "batch"), [(1, 0), (2, 1)])
-def test_sigkill_inside_an_epoch(begin: Train, tmp_path: Path, unbroken: Path, epoch: int, batch: int) -> None:
-    assert begin(moment=Moment(epoch, batch, "kill")).wait() == -signal.SIGKILL
+def test_sigkill_inside_an_epoch(begin: Train, tmp_path: Path, unbroken: Path) -> None:
+    assert begin(moment=Moment(2, 1, "kill")).wait() == -signal.SIGKILL
     go_on(tmp_path, tmp_path / "again", unbroken)
 
 
@@ -100,8 +100,8 @@ def test_sigkill_in_the_first_epoch_costs_nothing_but_the_start(begin: Train, tm
 def test_sigkill_again_and_again(begin: Train, tmp_path: Path, unbroken: Path) -> None:
     assert begin(moment=Moment(1, 1, "kill")).wait() == -signal.SIGKILL
     last = tmp_path / "runs" / "run" / "weights" / "last.pt"
-    for moment in (Moment(1, 2, "kill"), Moment(2, 0, "kill")):
-        assert start([f"resume={last}"], tmp_path / "logs", moment=moment).wait() == -signal.SIGKILL
+    moment = Moment(2, 0, "kill")
+    assert start([f"resume={last}"], tmp_path / "logs", moment=moment).wait() == -signal.SIGKILL
     go_on(tmp_path, tmp_path / "again", unbroken)
 
 
@@ -117,13 +117,13 @@ def test_sigkill_of_a_process_that_loads_pictures(begin: Train, tmp_path: Path, 
     """The run ends within the time that a test has, names the process, and can be resumed, with workers or without."""
     run = begin(moment=Moment(1, 0, "worker", workers=2))
     assert run.wait() == 1, run.err
-    assert "a process that loads pictures died: DataLoader worker (pid" in run.err
+    assert re.search(r"picture-loading process \d+ \(exit code -9\)[^\n]* died", run.err)
     assert f"resume={tmp_path / 'runs' / 'run' / 'weights' / 'last.pt'}" in run.err
     assert "Traceback" not in run.err
     go_on(tmp_path, tmp_path / "again", unbroken, Moment(workers=2))
 
 
-@pytest.mark.parametrize("name", ["results.csv", *SAVES])
+@pytest.mark.parametrize("name", ["results.csv", *(pytest.param(name, marks=pytest.mark.slow) for name in SAVES)])
 def test_a_limit_on_file_size_is_reached(begin: Train, tmp_path: Path, unbroken: Path, name: str) -> None:
     """From the second time on that the file is written, no file can grow any more."""
     assert begin(Fault("limit", str(tmp_path / "runs"), 1, name, ("open",))).wait() == 5
@@ -132,7 +132,7 @@ def test_a_limit_on_file_size_is_reached(begin: Train, tmp_path: Path, unbroken:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 0, "only the training was limited"
 
 
-@pytest.mark.parametrize("name", ["results.csv", "last.pt.tmp"])
+@pytest.mark.parametrize("name", ["resume.safetensors.tmp", pytest.param("results.csv", marks=pytest.mark.slow)])
 def test_the_disk_is_full(begin: Train, small_disk: Path, tmp_path: Path, unbroken: Path, name: str) -> None:
     run = begin(Fault("fill", str(small_disk), 1, name, ("open",)), top=small_disk)
     assert run.wait() == 5, run.err
