@@ -88,7 +88,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--student", help="model YAML; default: the shipped one, or yolo11n.yaml with --teacher")
     parser.add_argument("--ipc", type=int, help="composites per class; default 12, or 10 with --source")
     parser.add_argument("--image-size", type=int, help="px; default 192, or 320 with --source")
-    parser.add_argument("--epochs", type=int, help="of each student; default 40, or 100 with --source")
+    parser.add_argument("--epochs", type=int, help="of each student; default 30, or 100 with --source")
     parser.add_argument("--batch", type=int, help="composites a step; default 8, or 16 with --source")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="everything is written here; default demo/")
@@ -218,7 +218,7 @@ def _own_val(val: Path) -> tuple[Path, Any]:
 def choose(args: argparse.Namespace) -> Recipe:
     """The sizes that were asked for, or those that fit the demo's time."""
     small = args.val is None
-    usual = Recipe(12, 192, 40, 8, args.seed) if small else Recipe(10, 320, 100, 16, args.seed)
+    usual = Recipe(12, 192, 30, 8, args.seed) if small else Recipe(10, 320, 100, 16, args.seed)
     return Recipe(
         ipc=args.ipc or usual.ipc,
         image_size=args.image_size or usual.image_size,

@@ -213,7 +213,7 @@ def plan_single(key: str, kind: str, poor: str | None = None, sides: tuple[int, 
     """
     rng = seeded(key, "plan")
     width, height = (int(v) for v in rng.integers(sides[0], sides[1] + 1, 2))
-    size = float(np.sqrt(rng.uniform(0.16, 0.55) * width * height))
+    size = float(np.sqrt(rng.uniform(0.24, 0.64) * width * height))
     size = min(size, 0.9 * min(width, height))
     if poor == "tiny":
         size = 0.14 * min(width, height) * float(rng.uniform(0.8, 1.3))
