@@ -16,8 +16,10 @@ from pycocotools.coco import COCO
 
 import focusdd_det.demo
 from focusdd_det.demo.objects import CLASSES, OBJECTS
+from focusdd_det.demo.run import DemoFailed, claim, gather, judge, parse
 from focusdd_det.demo.scenes import POOR, Picture, plan_many, plan_single, render
 from focusdd_det.demo.write import CATEGORY_IDS, write_sources, write_val
+from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.selector import load_selector
 from focusdd_det.teacher import load_detector, safe_read
 from focusdd_det.types import Floats
@@ -176,6 +178,40 @@ def test_the_selector_file_names_what_the_pipeline_needs():
     assert set(spec) == {"arch", "kwargs", "classes", "weights", "mean", "std"}
     assert spec["classes"] == list(CLASSES)
     assert (DEMO / spec["weights"]).is_file()
+
+
+def test_the_demo_writes_into_no_folder_but_its_own(tmp_path):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(DiskError, match="no demo made"):
+        claim(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+    for _ in range(2):  # and takes its own again
+        claim(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (["--source", "pictures"], ConfigError, "--source and --val go together"),
+        (["--val", "instances_val.json"], ConfigError, "--source and --val go together"),
+        (["--source", "missing", "--val", "x.json"], DataError, "missing"),
+        (["--source", "given", "--val", "x.json"], DataError, "x.json does not exist"),
+    ],
+)
+def test_what_is_missing_is_said_before_any_work(arguments, error, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "given" / "ball").mkdir(parents=True)
+    with pytest.raises(error, match=says):
+        gather(parse([*arguments, "--out", str(tmp_path)]))
+
+
+def test_a_result_below_what_is_known_fails_and_says_which():
+    good = {"teacher": {"mAP50": 0.9}, "focusdd": {"mAP50": 0.2}, "random": {"mAP50": 0.0}}
+    judge(good)
+    with pytest.raises(DemoFailed, match=r"the FocusDD student reached mAP50 9\.0, expected at least 10"):
+        judge({**good, "focusdd": {"mAP50": 0.09}})
+    with pytest.raises(DemoFailed, match="the teacher"):
+        judge({**good, "teacher": {"mAP50": 0.59}})
 
 
 @pytest.mark.slow
