@@ -22,7 +22,7 @@ from focusdd_det.errors import FocusDDError
 from focusdd_det.labels import parse_rows
 from focusdd_det.sources import Root, folder_names, stream
 
-SECONDS = float(os.environ.get("FOCUSDD_FUZZ_SECONDS", "1.0"))  # for each reader
+SECONDS = float(os.environ.get("FOCUSDD_FUZZ_SECONDS", "0.5"))  # for each reader
 SEED = int(os.environ.get("FOCUSDD_FUZZ_SEED", "20261123"))
 TOKENS = [
     b"..", b"/", b"\0", b"null", b"NaN", b"1e999", b"-1", b"{", b"}", b"[", b"]", b'"', b":", b"\n", b"\\ud800", b"&a ",

@@ -20,7 +20,7 @@ from focusdd_det.labels import carry, drop_repeats, drop_slivers, join, parse_ro
 from focusdd_det.types import Crop, Detections
 from focusdd_det.windows import best_windows, key_crop, middle_square, square_at, view_of, window_side
 
-several = settings(max_examples=100, deadline=None, derandomize=True)
+several = settings(max_examples=60, deadline=None, derandomize=True)
 SIZE = 640
 
 
