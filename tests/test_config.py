@@ -41,6 +41,7 @@ def test_every_shipped_yaml_is_safe_yaml() -> None:
         (["--source", "a", "--source", "b::m.yaml"], {"sources": ["a", "b::m.yaml"]}),
         (["classes=dog,cat"], {"classes": "dog,cat"}),
         (["scores="], {"scores": None}),
+        (["ipc=1", "--ipc", "2"], {"ipc": 2}),
     ],
 )
 def test_command_lines(tokens: list[str], expected: dict[str, object]) -> None:
