@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from copy import copy
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def _dead_workers(self) -> list[str]:
         workers = getattr(getattr(getattr(self, "train_loader", None), "iterator", None), "_workers", ())
+        wait([w.sentinel for w in workers], timeout=2)  # its connection breaks a moment before it is gone
         return [f"picture-loading process {w.pid} (exit code {w.exitcode})" for w in workers if w.exitcode]
 
     def _go_on(self) -> str:

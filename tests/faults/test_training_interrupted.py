@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,8 +18,15 @@ SAVES = ("last.pt.tmp", "best.pt.tmp", "resume.safetensors.tmp")
 
 
 @pytest.fixture(scope="module")
-def given(drawn_set: Path, teacher_file: Path, drawn_coco: Path) -> dict[str, str]:
-    return {"data": str(drawn_set), "teacher": str(teacher_file), "eval_data": str(drawn_coco)}
+def given(
+    drawn_set: Path, teacher_file: Path, drawn_coco: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Data, teacher, and an evaluation that chooses best.pt; without annotations, which would cost half of the time."""
+    evaluation = Path(shutil.copytree(drawn_coco.parent, tmp_path_factory.mktemp("evaluation") / "val"))
+    shutil.rmtree(evaluation / "annotations")
+    file = evaluation / "data.yaml"
+    file.write_text(file.read_text().replace(str(drawn_coco.parent), str(evaluation)))
+    return {"data": str(drawn_set), "teacher": str(teacher_file), "eval_data": str(file)}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +65,7 @@ def second(top: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sigkill_inside_an_epoch(begin: Train, tmp_path: Path, unbroken: Path) -> None:
     assert begin(moment=Moment(2, 1, "kill")).wait() == -signal.SIGKILL
     go_on(tmp_path, tmp_path / "again", unbroken)
@@ -74,7 +83,8 @@ def test_sigkill_from_outside(begin: Train, tmp_path: Path, unbroken: Path) -> N
 @pytest.mark.parametrize(
     ("name", "at"),
     [
-        ("last.pt.tmp", 1),  # results.csv has the row of epoch 2, last.pt is that of epoch 1
+        # results.csv has the row of epoch 2, last.pt is that of epoch 1
+        pytest.param("last.pt.tmp", 1, marks=pytest.mark.slow),
         ("resume.safetensors.tmp", 1),  # last.pt of epoch 1, nothing of ours but the start
         ("resume.safetensors.tmp", 2),  # last.pt is one epoch ahead
         ("last.pt.tmp.pt", 0),  # all epochs done, checkpoints not yet stripped
@@ -113,14 +123,20 @@ def test_sigint(begin: Train, tmp_path: Path, unbroken: Path) -> None:
     go_on(tmp_path, tmp_path / "again", unbroken)
 
 
-def test_sigkill_of_a_process_that_loads_pictures(begin: Train, tmp_path: Path, unbroken: Path) -> None:
-    """The run ends within the time that a test has, names the process, and can be resumed, with workers or without."""
-    run = begin(moment=Moment(1, 0, "worker", workers=2))
+def test_sigkill_of_a_process_that_loads_pictures(given: dict[str, str], tmp_path: Path) -> None:
+    """The run ends within the time that a test has, names the process, and can be resumed, with workers or without.
+
+    Eight batches are loaded ahead, so there must be more of them left.
+    """
+    longer = {**given, "batch": 2, "epochs": 4, "close_mosaic": 0}
+    alone = start(words(options(tmp_path, **longer, name="alone")), tmp_path / "alone")
+    run = start(words(options(tmp_path, **longer)), tmp_path / "logs", moment=Moment(0, 4, "worker", workers=2))
+    assert alone.wait() == 0, alone.err
     assert run.wait() == 1, run.err
-    assert re.search(r"picture-loading process \d+ \(exit code -9\)[^\n]* died", run.err)
+    assert re.search(r"picture-loading process \d+ \(exit code -9\)[^\n]* died", run.err), run.err
     assert f"resume={tmp_path / 'runs' / 'run' / 'weights' / 'last.pt'}" in run.err
     assert "Traceback" not in run.err
-    go_on(tmp_path, tmp_path / "again", unbroken, Moment(workers=2))
+    go_on(tmp_path, tmp_path / "again", tmp_path / "runs" / "alone", Moment(workers=2))
 
 
 @pytest.mark.parametrize("name", ["results.csv", *(pytest.param(name, marks=pytest.mark.slow) for name in SAVES)])
@@ -143,6 +159,7 @@ def test_the_disk_is_full(begin: Train, small_disk: Path, tmp_path: Path, unbrok
     go_on(small_disk, tmp_path / "again", unbroken)
 
 
+@pytest.mark.slow
 def test_the_disk_is_full_before_the_first_epoch_ends(begin: Train, small_disk: Path, unbroken: Path) -> None:
     run = begin(Fault("fill", str(small_disk), 0, "resume.safetensors.tmp", ("open",)), top=small_disk)
     assert run.wait() == 5, run.err

@@ -25,11 +25,12 @@ context.set_forkserver_preload(list(PRELOADED))
 
 @dataclass(frozen=True)
 class Moment:
-    """When and how a training is hit from inside Ultralytics' loop, after a batch.
+    """When and how a training is hit from inside Ultralytics' loop.
 
     Attributes:
         epoch, batch: the batch after which it happens, from 0.
-        kind: kill or interrupt (this process), worker (SIGKILL to a process that loads pictures).
+        kind: kill or interrupt (this process), worker (SIGKILL to a process that loads pictures, once the epoch is
+            saved: what was loaded ahead must not last to the end).
         workers: processes that load pictures; Ultralytics itself allows none on a CPU.
     """
 
@@ -80,7 +81,8 @@ def main(argv: list[str], logs: str, fault: child.Fault, moment: Moment) -> None
 
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore that outlives a killed process
     default_callbacks["on_pretrain_routine_start"].append(lambda trainer: _workers(trainer, moment))
-    default_callbacks["on_train_batch_end"].append(lambda trainer: _strike(trainer, moment))
+    event = "on_model_save" if moment.kind == "worker" else "on_train_batch_end"
+    default_callbacks[event].append(lambda trainer: _strike(trainer, moment))
     child.arm(fault, Path(logs))
     sys.exit(run_main(train, argv))
 
