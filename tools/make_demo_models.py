@@ -1,6 +1,6 @@
 """Train the two models of the demo on drawn pictures and write them to focusdd_det/demo/.
 
-python tools/make_demo_models.py            # about 25 minutes on two cores
+python tools/make_demo_models.py            # about 20 minutes on two idle cores
 """
 
 import tempfile
