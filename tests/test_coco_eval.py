@@ -142,11 +142,12 @@ def test_a_checkpoint_on_its_own_detections(scene: Path, tmp_path: Path, teacher
 def test_a_missing_or_wrong_annotations_file(tmp_path: Path, teacher_file: Path, scene: Path) -> None:
     with pytest.raises(DataError, match="annotations not found"):
         coco_eval.evaluate(teacher_file, tmp_path / "none.json", scene / "images/val")
+    twice = '[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]'
     for content, message in {
         "not json": "is not a JSON file",
         "[]": "has no images, annotations, categories",
         '{"images": [], "annotations": []}': "has no categories",
-        '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}': "two categories have the name",
+        f'{{"images": [], "annotations": [], "categories": {twice}}}': "two categories have the name",
     }.items():
         file = tmp_path / "wrong.json"
         file.write_text(content)
