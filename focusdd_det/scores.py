@@ -397,8 +397,7 @@ def _ahead(
             except Exception as error:
                 raise FocusDDError(
                     f"{item.source} could not be looked at ({type(error).__name__}: {error}); what is done is kept. "
-                    "Run "
-                    "the same command again; if it ends here again, this is a bug: please report it"
+                    "Run the same command again; if it ends here again, this is a bug: please report it"
                 ) from error
             yield item, outcome
     finally:
