@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from focusdd_det.classmap import ClassMap, find_map, read_class_map, read_folder_map
 from focusdd_det.config import BuildConfig, suggest
@@ -19,6 +23,7 @@ from focusdd_det.sources import Located, Root, folder_names, stream
 
 log = logging.getLogger("focusdd")
 _SYNSET = re.compile(r"n\d{8}")
+_MOST_COMPARED = 20_000  # files read to find copies before a build; fixed-size formats would mean reading everything
 
 
 @dataclass(frozen=True)
@@ -207,11 +212,14 @@ def _groups(
     wanted = set(config.classes) or set(class_map.names)
     counts: Counter[tuple[str, str]] = Counter()  # (class, folder) -> files
     shared: dict[str, set[str]] = {}
+    sizes: dict[str, array[int]] = defaultdict(lambda: array("q"))  # class -> bytes of each file
     for root in roots:
         for located in stream(root):
             counts[located.source.group, located.source.folder] += 1
+            sizes[located.source.group].append(located.size)
         for folder in root.folders:
             shared.setdefault(folder, set()).add(root.name)
+    notes += _copies(roots, sizes)
     doubled = sorted(folder for folder, names in shared.items() if len(names) > 1)
     if doubled:
         notes.append(f"folders found in several sources, taken together: {', '.join(doubled[:10])}")
@@ -256,3 +264,29 @@ def _groups(
     covered = {group.class_name for group in groups}
     uncovered = tuple(name for name in class_map.names if name not in covered)
     return Plan(class_map, hashes, tuple(roots), tuple(groups), short, uncovered, tuple(notes)), problems
+
+
+def _copies(roots: Sequence[Root], sizes: Mapping[str, array[int]]) -> list[str]:
+    """A note on files of one class that hold the same bytes; only files of a size that comes twice are read."""
+    twice: dict[str, set[int]] = {}
+    total = 0
+    for group, values in sizes.items():
+        size, count = np.unique(np.frombuffer(values, np.int64), return_counts=True)
+        total += int(count[count > 1].sum())
+        twice[group] = {int(v) for v in size[count > 1] if v > 0}
+    if total > _MOST_COMPARED:
+        return [f"{total} files share their size with another: copies among them are found when they are read"]
+    names: dict[tuple[str, bytes], list[str]] = defaultdict(list)
+    for root in roots:
+        for located in stream(root):
+            if located.problem is None and located.size in twice[located.source.group]:
+                try:
+                    digest = hashlib.sha256(located.read()).digest()
+                except OSError:
+                    continue  # it will be quarantined with its reason
+                names[located.source.group, digest].append(str(located.source))
+    found = sorted(sorted(paths) for paths in names.values() if len(paths) > 1)
+    if not found:
+        return []
+    shown = "; ".join(" = ".join(paths[:3]) for paths in found[:5])
+    return [f"the same picture under several names, used once: {len(found)}, such as {shown}"]

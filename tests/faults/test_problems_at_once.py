@@ -146,3 +146,20 @@ def test_two_folders_whose_names_look_alike_in_file_names(workshop: Workshop, tm
     folder = workshop.build(tmp_path / "set", sources=[str(sources)], class_map=str(path), ipc_unit="imagenet", ipc=1)
     items = list(read_manifest(folder))
     assert len({item.id for item in items}) == len(items) == 4
+
+
+def test_copies_under_other_names_are_named_in_the_plan(workshop: Workshop, tmp_path: Path) -> None:
+    """The same bytes twice in one class, and in two folders; files of one size and other bytes are no copies."""
+    sources = write_sources(tmp_path / "sources", per_class=6)
+    first, second = (sorted((sources / folder).iterdir()) for folder in list(FOLDERS)[:2])
+    shutil.copy(first[0], first[0].with_name("zz copy.jpg"))
+    padded = [first[1].read_bytes() + b"\n" * n for n in range(3)]
+    first[2].write_bytes(padded[1])
+    first[3].write_bytes(padded[1][:-1] + b"\r")
+    shutil.copy(second[0], second[0].parent / "another.jpg")
+    notes = " ".join(make_plan(load_config(**workshop.options(tmp_path / "set", sources=[str(sources)]))).notes)
+    assert "the same picture under several names, used once: 2" in notes
+    assert f"{first[0].name} = " in notes
+    assert "zz copy.jpg" in notes
+    assert "another.jpg" in notes
+    assert first[2].name not in notes
