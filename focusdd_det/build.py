@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from focusdd_det import detset
 from focusdd_det.composites import Bench, compose_all
@@ -29,9 +28,10 @@ from focusdd_det.config import BuildConfig, as_plain, load, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
+from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
 from focusdd_det.scores import ScoreStore, score_all
-from focusdd_det.selector import Selector, load_selector
+from focusdd_det.selector import Selector, load_selector, token_grid
 from focusdd_det.teacher import Detector, load_detector
 
 log = logging.getLogger("focusdd")
@@ -93,8 +93,9 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
     selector = _selector(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
-    identity = _identity(config, plan, selector, detector)
-    if _already_there(out, work, identity, config, resume):
+    grid = selector.grid if selector else token_grid(config.selector, config.selector_weights, config.view)
+    identity = _identity(config, plan, selector, grid, detector)
+    if _already_there(out, work, identity, config, plan, resume):
         return _result(out, plan, {"all": time.monotonic() - started})
     _start(work, identity, config)
     seconds = {"plan": time.monotonic() - started}
@@ -107,7 +108,7 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
             with _phase(seconds, "score"):
                 _score(config, plan, store, selector)
             with _phase(seconds, "compose"):
-                items = compose_all(Bench(config, plan, method, store, selector, detector, work, _workers(config)))
+                items = compose_all(Bench(config, plan, method, store, grid, detector, work, _workers(config)))
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
                 _report_repeats(store.repeats())
@@ -115,7 +116,8 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
             store.close()
         if config.grow_from:
             _check_grown(Path(config.grow_from), items)
-        _finish(work, out, config, plan, identity, items, quarantined, counts, seconds)
+        blind = _blind(config, plan, selector)
+        _finish(work, out, config, plan, identity, items, quarantined, counts, blind, seconds)
         _publish(work, out, config)
     log.info("%s: %d composites", out, len(items))
     return _result(out, plan, seconds)
@@ -134,7 +136,9 @@ def _out(config: BuildConfig) -> Path:
     return out
 
 
-def _identity(config: BuildConfig, plan: Plan, selector: Selector | None, detector: Detector) -> dict[str, Any]:
+def _identity(
+    config: BuildConfig, plan: Plan, selector: Selector | None, grid: int, detector: Detector
+) -> dict[str, Any]:
     """build.yaml: what determines the bytes of the set."""
     settings = {key: value for key, value in as_plain(config).items() if key not in MACHINE_KEYS}
     return {
@@ -148,9 +152,10 @@ def _identity(config: BuildConfig, plan: Plan, selector: Selector | None, detect
         else {
             "name": Path(config.selector).name,
             "sha256": selector.sha256,
+            "spec": selector.spec,
             "view": selector.view,
-            "grid": selector.grid,
         },
+        "token_grid": grid,
         "teacher": {"name": Path(config.teacher).name, "sha256": detector.sha256},
         "versions": {"focusdd_det": version("focusdd_det"), **{name: version(name) for name in PACKAGES}},
     }
@@ -166,7 +171,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix[:-1]}: {old!r} there, {new!r} asked for"]
 
 
-def _already_there(out: Path, work: Path, identity: dict[str, Any], config: BuildConfig, resume: bool) -> bool:
+def _already_there(
+    out: Path, work: Path, identity: dict[str, Any], config: BuildConfig, plan: Plan, resume: bool
+) -> bool:
     """Whether the set is there, whole. Refuses what must not be touched; reopens a damaged set to repair it."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not detset.is_ours(out) and not detset.seals(out, "build.yaml", _identity_bytes(identity)):
@@ -178,6 +185,7 @@ def _already_there(out: Path, work: Path, identity: dict[str, Any], config: Buil
             problems = detset.verify(out)
             if not problems:
                 log.info("%s is there already, complete and intact: nothing to do", out)
+                _warn_of_other_sources(out, plan)
                 return True
             if not config.overwrite:
                 listed = "\n  ".join(problems[:20])
@@ -199,6 +207,18 @@ def _already_there(out: Path, work: Path, identity: dict[str, Any], config: Buil
         elif changed:
             raise ConfigError(_refusal(f"{work} was begun with another configuration", changed))
     return False
+
+
+def _warn_of_other_sources(out: Path, plan: Plan) -> None:
+    """Say so when a set was built from folders at another place: their content is not compared."""
+    try:
+        before = json.loads((out / "build.log.json").read_text(encoding="utf-8"))["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = {root.name: str(root.path) for root in plan.roots}
+    if before != now:
+        advice = "If the pictures differ, choose another `out`, or move the set away"
+        log.warning("%s was built from %s, not from %s. %s", out, before, now, advice)
 
 
 def _refusal(what: str, changed: Sequence[str]) -> str:
@@ -284,7 +304,8 @@ def _check_grown(source: Path, items: Sequence[detset.Item]) -> None:
 
 
 def _require_space(work: Path, plan: Plan, config: BuildConfig) -> None:
-    need = int(plan.composites * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * 400)
+    done = sum(1 for _ in detset.read_manifest(work, tolerant=True))
+    need = int(max(0, plan.composites - done) * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * 400)
     have = shutil.disk_usage(work).free
     if have < need:
         raise DiskError(
@@ -307,11 +328,18 @@ def _selector(config: BuildConfig, method: Method) -> Selector | None:
 
 def _score(config: BuildConfig, plan: Plan, store: ScoreStore, selector: Selector | None) -> None:
     columns = _columns(config, plan, selector)
-    blind = [group.name for group in plan.groups if selector and not columns[group.name]]
-    if blind and config.confidence == "true":
+    blind = _blind(config, plan, selector)
+    if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
-    with tqdm(total=plan.sources, desc="looking at sources", unit="img", smoothing=0.05, disable=None) as bar:
+    with progress_bar(plan.sources, "looking at sources") as bar:
         score_all(plan.stream(), store, selector, columns, config, _workers(config), bar.update)
+
+
+def _blind(config: BuildConfig, plan: Plan, selector: Selector | None) -> list[str]:
+    """Classes for which the ViT has no output, so that its largest probability is their confidence."""
+    if selector is None or config.confidence != "true":
+        return []
+    return [name for name, own in _columns(config, plan, selector).items() if not own]
 
 
 def _columns(config: BuildConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
@@ -344,6 +372,7 @@ def _finish(
     items: Sequence[detset.Item],
     quarantined: Sequence[tuple[str, str, str]],
     counts: dict[str, tuple[int, int]],
+    blind: Sequence[str],
     seconds: dict[str, float],
 ) -> None:
     """Put the manifest in plan order, write what describes the set, seal it."""
@@ -355,7 +384,7 @@ def _finish(
     detset.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
     detset.sweep(work, {item.id for item in items}, _aside(out))
     detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names))
-    detset.write_atomic(work / "README.md", card(items, plan, identity, counts).encode())
+    detset.write_atomic(work / "README.md", card(items, plan, identity, counts, blind).encode())
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
     detset.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
     detset.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))

@@ -136,19 +136,27 @@ def sheet_command(argv: Sequence[str]) -> int:
         print(
             "focusdd sheet SET [out=sheet.jpg] [count=36] [columns=6]: a contact sheet of composites with their boxes"
         )
-        return 0
+        return 0 if argv else 2
     options = parse_tokens(argv[1:], hints, {})
     if set(options) - set(hints):
         raise ConfigError(f"sheet: unknown option {sorted(set(options) - set(hints))}; expected out, count, columns")
+    from focusdd_det.decode import BadImage
     from focusdd_det.detset import read_data_yaml, read_manifest, write_atomic
     from focusdd_det.report import contact_sheet
 
     folder = Path(argv[0])
     out = Path(str(options.get("out", "contact_sheet.jpg")))
+    numbers = {key: options.get(key, usual) for key, usual in (("count", 36), ("columns", 6))}
+    wrong = [f"{key}={value!r}" for key, value in numbers.items() if type(value) is not int or value < 1]
+    if wrong:
+        raise ConfigError(f"sheet: {', '.join(wrong)}: expected a whole number from 1 on")
     items = list(read_manifest(folder))
-    data = contact_sheet(
-        folder, items, read_data_yaml(folder), int(options.get("columns", 6)), int(options.get("count", 36))
-    )
+    if not items:
+        raise VerifyError(f"{folder}: its manifest lists no composite")
+    try:
+        data = contact_sheet(folder, items, read_data_yaml(folder), **numbers)
+    except (OSError, ValueError, BadImage) as error:
+        raise VerifyError(f"{folder}: {error}; `focusdd verify {folder}` says what is damaged") from error
     write_atomic(out, data)
     print(out)
     return 0

@@ -255,6 +255,10 @@ def match_images(truth: COCO, files: Sequence[Path], subset: bool) -> dict[Path,
             candidates = [c for c in candidates if c.parts[-len(wanted.parts) :] == wanted.parts]
         if len(candidates) > 1:
             raise DataError(f"{wanted} is ambiguous: {', '.join(map(str, candidates[:3]))}; give one images folder")
+        if candidates and candidates[0] in found:
+            raise DataError(
+                f"{wanted} and another annotated image both lead to {candidates[0]}; give one images folder"
+            )
         if candidates and candidates[0].is_file():
             found[candidates[0]] = int(image["id"])
         else:

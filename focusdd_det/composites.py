@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from focusdd_det import detset
 from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox
@@ -29,10 +28,10 @@ from focusdd_det.errors import DataError, FocusDDError, VerifyError
 from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan
+from focusdd_det.progress import progress_bar
 from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
 from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal, proposals
-from focusdd_det.selector import Selector
 from focusdd_det.sources import Root, locate
 from focusdd_det.teacher import Detector
 from focusdd_det.types import Crop, Detections, Image
@@ -49,7 +48,7 @@ class Bench:
     plan: Plan
     method: Method
     store: ScoreStore
-    selector: Selector | None
+    token_grid: int  # side of the ViT's token grid, on which key windows are given
     detector: Detector
     folder: Path
     workers: int
@@ -104,7 +103,7 @@ def compose_all(bench: Bench) -> list[Item]:
     active: list[tuple[Group, _Class, list[Image]]] = []
     with (
         ThreadPoolExecutor(bench.workers, thread_name_prefix="cut") as pool,
-        tqdm(total=bench.plan.composites, desc="composites", unit="img", disable=None) as bar,
+        progress_bar(bench.plan.composites, "composites") as bar,
     ):
 
         def advance(group: Group, work: _Class, answer: list[Detections] | None) -> None:
@@ -124,7 +123,8 @@ def compose_all(bench: Bench) -> list[Item]:
             for group, work, looks in turn:
                 answer, found = found[: len(looks)], found[len(looks) :]
                 advance(group, work, answer)
-    good, bad = (sum(column) for column in zip(*bench.store.counts().values(), strict=True))
+    counts = bench.store.counts().values()
+    good, bad = sum(count[0] for count in counts), sum(count[1] for count in counts)
     if bad > config.max_bad * (good + bad):
         raise DataError(
             f"{bad} of {good + bad} sources cannot be used, more than max_bad={config.max_bad:g} allows; "
@@ -241,9 +241,8 @@ def _cell(bench: Bench, source: Row, kind: str) -> Cell:
     config = bench.config
     crop: Crop | None
     if kind == "key":
-        grid = bench.selector.grid if bench.selector else 1
         view = view_of(source.width, source.height, config.geometry)
-        crop = bench.method.crop(view, source.corner, grid, config, source.sha256)
+        crop = bench.method.crop(view, source.corner, bench.token_grid, config, source.sha256)
     else:
         crop = middle_square(source.width, source.height) if config.background == "crop" else None
     return Cell(

@@ -122,11 +122,6 @@ class BuildConfig:
         if problems:
             raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(problems))
 
-    @property
-    def n_background(self) -> int:
-        """Background cells in a composite: N_l = n^2 - N_k."""
-        return self.grid**2 - self.n_key
-
 
 class _PlainLoader(yaml.SafeLoader):
     """SafeLoader without aliases: a page of nested ones stands for more values than any memory holds."""
@@ -221,7 +216,12 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
                 value = "true"
         found.setdefault(key, []).append(_scalar(value))
     several = {key for key, hint in fields.items() if get_origin(hint) is tuple}
-    return {key: values if key in several and len(values) > 1 else values[-1] for key, values in found.items()}
+    return {
+        key: [item for value in values for item in (value if isinstance(value, list) else [value])]
+        if key in several and len(values) > 1
+        else values[-1]
+        for key, values in found.items()
+    }
 
 
 def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = "") -> T:

@@ -161,7 +161,8 @@ def val_coco(argv: Sequence[str]) -> int:
         "end2end": False,
         "download": False,
     }
-    options = {**defaults, **parse(argv, defaults)}
+    given = parse(argv, defaults)
+    options = {**defaults, **given}
     for key in ("imgsz", "batch", "max_det"):
         _expect(options, key, int)
     for key in ("conf", "iou"):
@@ -190,7 +191,7 @@ def val_coco(argv: Sequence[str]) -> int:
     numbers = {key: options[key] for key in ("imgsz", "batch", "conf", "iou", "max_det", "subset", "end2end")}
     result = coco_eval.evaluate(weights, annotations, images, device=str(device), covered=covered, **numbers)
     print(result.table())
-    if str(options["out"]).lower() != "none" or options["out"] is None:
+    if options["out"] is not None or "out" not in given:
         out = Path(str(options["out"])) if options["out"] else weights.with_name("coco_eval.json")
         coco_eval.write_json(result.as_dict(), out)
         print(f"written to {out}")
@@ -216,7 +217,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         token = tokens.pop(0)
         key, equals, value = token.lstrip("-").partition("=") if token.startswith("--") else token.partition("=")
         key = key.strip().replace("-", "_")
-        if key in ("detect", "train", "val") and not equals:
+        if key in ("detect", "train", "val") and not equals and not token.startswith("--"):
             continue  # `yolo detect train ...` by habit
         if key not in known:
             unknown.append(key)

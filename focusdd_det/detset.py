@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import yaml
@@ -34,7 +33,7 @@ from focusdd_det.types import Detections
 INCOMPLETE = ".incomplete"
 HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMPLETE vouches for
 WORKING = (".lock", "scores.sqlite")  # of a set that is being built
-FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg", "gallery.html")
+FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg")
 _ID = re.compile(r"\w[\w.-]{0,120}", re.ASCII)  # of an item: a plain file name everywhere
 _LEFTOVER = re.compile(r"\..*\.tmp|\d{3}_[a-z0-9-]*_\d{5}\.(jpg|txt|safetensors)")  # what only a build can have written
 PARTS = {"images": ".jpg", "labels": ".txt", "soft": ".safetensors"}
@@ -82,12 +81,6 @@ class Item:
     cells: tuple[Cell, ...]
     boxes: int
     sha256: dict[str, str]
-
-    @property
-    def origin(self) -> tuple[Any, ...]:
-        """What it is made of: equal origins and one config give equal bytes."""
-        cells = tuple((c.kind, c.root, c.path, c.sha256, c.crop) for c in self.cells)
-        return (self.id, self.group, self.index, self.proposal, self.seed, cells)
 
     def line(self) -> str:
         """The manifest line, with its newline."""

@@ -12,10 +12,8 @@ import numpy as np
 from focusdd_det.config import BuildConfig
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, background_order, ranked
-from focusdd_det.types import Crop, View
+from focusdd_det.types import Crop, View, round_half_up
 from focusdd_det.windows import key_crop, window_side
-
-REFERENCE_GRID = 14  # token grid of the usual ViTs at their own size: the crop size of methods that use no ViT
 
 
 class Method(Protocol):
@@ -71,7 +69,7 @@ class RandomCrops:
 
     def crop(self, view: View, corner: tuple[int, int], grid: int, config: BuildConfig, sha256: str) -> Crop:
         short = min(view.width, view.height)
-        side = max(1, round(window_side(REFERENCE_GRID, config.side_ratio) / REFERENCE_GRID * short))
+        side = max(1, round_half_up(window_side(grid, config.side_ratio) / grid * short))
         x = int(uniform("x", config.seed, sha256) * (view.width - side + 1))
         y = int(uniform("y", config.seed, sha256) * (view.height - side + 1))
         return Crop(x, y, side)

@@ -193,6 +193,9 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
     both = sorted(f for f in used if (location / f).is_dir() and (location / f"{f}.tar").is_file())
     if both:
         notes.append(f"{name}: found as a folder and as an archive, taken together: {', '.join(both[:10])}")
+    absent = [folder for folder in missing if own]
+    if absent:
+        notes.append(f"{name}: {len(absent)} folders of its map are not there: {', '.join(absent[:5])}")
     if ignored:
         shown = ", ".join(ignored[:5]) + (" ..." if len(ignored) > 5 else "")
         notes.append(f"{name}: {len(ignored)} folders that no class of the map names are left out: {shown}")
@@ -247,6 +250,10 @@ def _groups(
                 elif config.short_class == "reuse":
                     ipc = config.ipc if possible else 0
             if ipc:
+                if any(group.name == name for group in groups):
+                    problems.append(
+                        f"the folder {name} stands for two classes; with ipc_unit=imagenet rename one of them"
+                    )
                 groups.append(Group(name, class_name, index, members, available, ipc))
     if empty:
         notes.append(f"folders without a picture: {', '.join(empty[:10])}")

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 _TILE = 320  # px of a composite on the contact sheet
 
 
-def card(items: Sequence[Item], plan: Plan, identity: dict[str, Any], counts: dict[str, tuple[int, int]]) -> str:
+def card(
+    items: Sequence[Item],
+    plan: Plan,
+    identity: dict[str, Any],
+    counts: dict[str, tuple[int, int]],
+    blind: Sequence[str] = (),
+) -> str:
     """README.md of a set: what it holds, how it was made, what it lacks. The same text for the same bytes.
 
     Args:
@@ -30,6 +36,7 @@ def card(items: Sequence[Item], plan: Plan, identity: dict[str, Any], counts: di
         plan: what was planned.
         identity: the content of build.yaml.
         counts: class -> (usable sources, unusable ones).
+        blind: classes that the ViT does not know.
     """
     config = identity["config"]
     cell = config["image_size"] // config["grid"]
@@ -68,6 +75,8 @@ def card(items: Sequence[Item], plan: Plan, identity: dict[str, Any], counts: di
         f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined (reasons: quarantine.jsonl)",
         f"- classes covered: {len({i.class_name for i in items})} of {len(plan.class_map.names)}",
     ]
+    if blind:
+        lines.append(f"- the selector knows no class for {', '.join(blind)}: its largest probability stood in")
     if plan.uncovered:
         lines.append(f"- not covered: {', '.join(plan.uncovered)}")
     planned = {group.name: group.ipc for group in plan.groups}
@@ -93,8 +102,8 @@ def contact_sheet(
     folder: Path, items: Sequence[Item], names: Sequence[str], columns: int = 6, count: int = 36
 ) -> bytes:
     """A JPEG of up to `count` composites with their boxes, spread evenly over the set."""
-    step = max(1, len(items) // count)
-    tiles = [draw_item(folder, item, names, _TILE) for item in items[::step][:count]]
+    shown = sorted({round(i) for i in np.linspace(0, len(items) - 1, min(len(items), count))})
+    tiles = [draw_item(folder, items[i], names, _TILE) for i in shown]
     columns = min(columns, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])

@@ -285,7 +285,14 @@ def signature(selector: Selector | None, columns: Sequence[int], config: BuildCo
     """What a stored score depends on besides the picture; scores with another signature are computed anew."""
     content: list[object] = [_VERSION, config.geometry, config.max_pixels]
     if selector is not None:
-        content += [selector.sha256, selector.view, selector.grid, selector.attention, selector.precision]
+        content += [
+            selector.sha256,
+            selector.spec,
+            selector.view,
+            selector.grid,
+            selector.attention,
+            selector.precision,
+        ]
         content += [config.side_ratio, config.confidence, list(columns)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 

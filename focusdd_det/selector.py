@@ -30,6 +30,7 @@ class Selector:
         grid: side of its token grid, g.
         mean, std: normalisation of the pixels in [0, 1], RGB.
         sha256: of the checkpoint file.
+        spec: hash of everything else that decides what it says: architecture, classes, view, mean and std.
         attention: gca, last or mean.
         precision: fp32, bf16 or fp16.
     """
@@ -41,6 +42,7 @@ class Selector:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sha256: str
+    spec: str
     attention: str
     precision: str
     device: torch.device
@@ -204,18 +206,38 @@ def load_selector(
     target = torch.device(device)
     config = timm.data.resolve_model_data_config(model)
     digest = sha256_file(Path(weights)) if weights else _state_digest(model)
+    mean, std = tuple(mean or config["mean"]), tuple(std or config["std"])
+    spec_content = json.dumps([name, sorted(kwargs.items()), classes, mean, std], default=str)
     return Selector(
         model=model.to(target, dtype),
         classes=classes,
         view=int(view),
         grid=int(grid_size[0]),
-        mean=tuple(mean or config["mean"]),
-        std=tuple(std or config["std"]),
+        mean=mean,
+        std=std,
         sha256=digest,
+        spec=hashlib.sha256(spec_content.encode()).hexdigest(),
         attention=attention,
         precision=precision,
         device=target,
     )
+
+
+def token_grid(name: str, weights: str | None, view: int | str) -> int:
+    """Side of the token grid that a selector would have, without its weights: methods that use no ViT cut as large as
+    it would. 14, that of the usual ViTs at their own size, when it cannot be told."""
+    try:
+        spec: dict[str, Any] = _read_spec(Path(name)) if name.endswith(".json") else {"arch": name}
+        kwargs = dict(spec.get("kwargs", {}))
+        if view == "auto":
+            lf_vit = weights is not None and read_state(Path(weights))[1]
+            view = 112 if lf_vit else kwargs.get("img_size", _native_size(spec["arch"]))
+        kwargs["img_size"] = int(view)
+        with torch.device("meta"):
+            model = timm.create_model(spec["arch"], pretrained=False, **kwargs)
+        return int(model.patch_embed.grid_size[0])
+    except Exception:
+        return 14
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:

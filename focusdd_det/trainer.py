@@ -523,6 +523,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if self.eval_source is not None:
                 LOGGER.info(f"{PREFIX}no annotations JSON for eval_data, so no COCO mAP; give eval_annotations=")
             return
+        known = {str(c["name"]) for c in coco_eval.load_annotations(self.annotations).dataset["categories"]}
+        covered = tuple(name for name in self.source.covered if name in known)
+        if len(covered) < len(self.source.covered):
+            dropped = ", ".join(name for name in self.source.covered if name not in known)
+            LOGGER.warning(f"{PREFIX}{self.annotations} has no category {dropped}: left out of the covered classes")
         runs = {"last": "headline", "best": "selected on val"}
         results = {}
         for name, meaning in runs.items():
@@ -535,7 +540,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                     imgsz=self.args.imgsz,
                     batch=self.batch_size * 2,
                     device=str(self.device),
-                    covered=self.source.covered or None,
+                    covered=covered or None,
                 )
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")

@@ -385,3 +385,89 @@ def test_a_real_set(assets: Path, tmp_path: Path) -> None:
     keys = [c for i in read_manifest(folder) for c in i.cells if c.kind == "key"]
     assert len(keys) == 12
     assert sum(c.confirmed for c in keys) >= 8
+
+
+def test_carried_boxes_by_hand() -> None:
+    """label_on=source: a key patch in the upper left cell and a letterboxed background in the lower right one."""
+    from focusdd_det.composites import _carried, _Draft
+    from focusdd_det.detset import Cell
+    from focusdd_det.types import Detections
+
+    def cell(kind: str, crop: tuple[int, int, int] | None) -> Cell:
+        return Cell(kind, "r", "p", "f", "0" * 64, 200, 100, crop, 0.5, 0.5, False)
+
+    def seen(*box: float) -> Detections:
+        return Detections(
+            np.array([box], np.float32), np.zeros(1, np.int64), np.ones(1, np.float32), np.ones((1, 3), np.float32)
+        )
+
+    cells = (cell("key", (100, 0, 50)), cell("key", (0, 0, 100)), cell("key", (0, 0, 100)), cell("background", None))
+    frame = (0.5, 0, 25)  # 200 x 100 px shown to the teacher in 100 x 100: half size, 25 px of border above
+    draft = _Draft(0, 0, cells, b"", (), (frame,) * 4)
+    nothing = Detections.none(3)
+    # On the source both boxes are 110..140 x 10..30.
+    found = [seen(55, 30, 70, 40), nothing, nothing, seen(55, 30, 70, 40)]
+    squares = [(0.0, 0.0, 100.0), (100.0, 0.0, 100.0), (0.0, 100.0, 100.0), (100.0, 100.0, 100.0)]
+    config = load_config(label_on="source", image_size=200, sources=["x"])
+    joined = _carried(config, draft, found, squares, 3)
+    # Key: (110 - 100) * 2 = 20 .. 80, 20 .. 60. Background: scale 0.5, border 25: 100 + 55 .. 170, 100 + 25 + 5 .. 140.
+    np.testing.assert_allclose(joined.boxes, [[20, 20, 80, 60], [155, 130, 170, 140]], atol=1e-4)
+
+
+def test_random_crops_are_as_large_as_key_patches(made: Path, bench: Path, tmp_path: Path) -> None:
+    random = make(bench, tmp_path / "random", method="random", ipc=3)
+
+    def by_size(folder: Path) -> dict[tuple[int, int], set[int]]:
+        sides: dict[tuple[int, int], set[int]] = {}
+        for item in read_manifest(folder):
+            for c in item.cells:
+                if c.kind == "key" and c.crop:
+                    sides.setdefault((c.width, c.height), set()).add(c.crop[2])
+                    assert c.crop[0] + c.crop[2] <= c.width
+                    assert c.crop[1] + c.crop[2] <= c.height
+        return sides
+
+    ours, theirs = by_size(made), by_size(random)
+    both = set(ours) & set(theirs)
+    assert len(both) >= 5
+    assert all(ours[size] == theirs[size] for size in both)
+
+
+def test_the_contact_sheet_reaches_the_end_of_the_set(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from focusdd_det import report
+
+    drawn: list[str] = []
+    monkeypatch.setattr(
+        report, "draw_item", lambda folder, item, names, side: drawn.append(item.id) or np.zeros((4, 4, 3), np.uint8)
+    )
+    items = list(read_manifest(made))
+    report.contact_sheet(made, items, NAMES, count=4)
+    assert drawn == [items[i].id for i in (0, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("options", [["count=abc"], ["count=0"], ["columns=-1"], ["counts=3"]])
+def test_a_sheet_that_cannot_be(made: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sheet", str(made), *options]) == 2
+    assert "sheet" in capsys.readouterr().err
+
+
+def test_a_set_from_another_place_is_named(bench: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+    import shutil
+
+    make(bench, tmp_path / "set", ipc=1)
+    moved = shutil.copytree(bench / "sources", tmp_path / "elsewhere" / "sources")
+    logger = logging.getLogger("focusdd")
+    logger.addHandler(caplog.handler)
+    try:
+        make(bench, tmp_path / "set", ipc=1, sources=[str(moved)])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert f"not from {{'sources': '{moved}'}}" in caplog.text
+
+
+def test_one_folder_of_two_classes_with_imagenet_ipc(bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("disc: bar\n")
+    sources = [str(bench / "sources"), f"{bench / 'sources'}::{tmp_path / 'own.yaml'}"]
+    with pytest.raises(DataError, match="the folder disc stands for two classes"):
+        make(bench, tmp_path / "set", sources=sources, ipc_unit="imagenet", ipc=1)

@@ -42,6 +42,7 @@ def test_every_shipped_yaml_is_safe_yaml() -> None:
         (["classes=dog,cat"], {"classes": "dog,cat"}),
         (["scores="], {"scores": None}),
         (["ipc=1", "--ipc", "2"], {"ipc": 2}),
+        (["sources=[a, b]", "--source", "c"], {"sources": ["a", "b", "c"]}),
     ],
 )
 def test_command_lines(tokens: list[str], expected: dict[str, object]) -> None:

@@ -164,3 +164,15 @@ def test_tools_are_thin() -> None:
         text = (REPOSITORY / "tools" / name).read_text()
         assert len(text.splitlines()) <= 40
         assert f"python tools/{name}" in text
+
+
+def test_every_key_of_ultralytics_in_both_spellings() -> None:
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    from focusdd_det.detect_cli import parse
+
+    for key, default in DEFAULT_CFG_DICT.items():
+        value = "False" if isinstance(default, bool) else "0.5"
+        assert parse([f"{key}={value}"], DEFAULT_CFG_DICT) == parse([f"--{key}", value], DEFAULT_CFG_DICT), key
+    assert parse(["--val", "False"], DEFAULT_CFG_DICT) == {"val": False}
+    assert parse(["detect", "train", "--val"], DEFAULT_CFG_DICT) == {"val": True}

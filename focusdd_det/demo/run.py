@@ -164,6 +164,8 @@ def gather(args: argparse.Namespace) -> Inputs:
         annotations = write_val(args.out / "val", VAL_PICTURES, args.seed)
         images = args.out / "val" / "images" / "val"
         class_map = args.map or _write_map(CLASSES, args.out)
+    if own and not args.selector:
+        print("warning: no --selector: the shipped ViT knows only drawn objects; give one trained on photographs")
     shipped = HERE / "yolo11-demo.yaml"
     return Inputs(
         source=args.source,
@@ -220,10 +222,10 @@ def choose(args: argparse.Namespace) -> Recipe:
     small = args.val is None
     usual = Recipe(12, 192, 30, 8, args.seed) if small else Recipe(10, 320, 100, 16, args.seed)
     return Recipe(
-        ipc=args.ipc or usual.ipc,
-        image_size=args.image_size or usual.image_size,
-        epochs=args.epochs or usual.epochs,
-        batch=args.batch or usual.batch,
+        ipc=usual.ipc if args.ipc is None else args.ipc,
+        image_size=usual.image_size if args.image_size is None else args.image_size,
+        epochs=usual.epochs if args.epochs is None else args.epochs,
+        batch=usual.batch if args.batch is None else args.batch,
         seed=args.seed,
     )
 
@@ -332,7 +334,7 @@ def evaluate(weights: str, inputs: Inputs, recipe: Recipe) -> dict[str, float]:
 
     if inputs.drawn:
         torch.set_num_threads(SMALL_THREADS)
-    device = "0" if torch.cuda.is_available() else "cpu"
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     result = coco_eval.evaluate(weights, inputs.annotations, inputs.images, imgsz=recipe.image_size, device=device)
     return {"mAP50-95": result.all["AP"] or 0.0, "mAP50": result.all["AP50"] or 0.0}
 

@@ -133,7 +133,14 @@ def test_sigint_to_the_real_command(begin: Build, workshop: Workshop, tmp_path: 
     folder = tmp_path / "with space"
     folder.mkdir()
     argv = [sys.executable, str(TOOL), *workshop.argv(folder / "set")]
-    run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in its background lets its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         images = folder / "set.incomplete" / "images" / "train"
         until(lambda: images.is_dir() and any(images.iterdir()), "the first image")
