@@ -108,6 +108,23 @@ def test_run_folder(finished: Path) -> None:
     assert set(result["last"]["per_class"]) == set(NAMES)
 
 
+def test_annotations_that_lack_a_class_of_the_set_do_not_end_the_training(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, drawn_coco: Path
+) -> None:
+    content = json.loads((drawn_coco.parent / "annotations" / "instances_val.json").read_text())
+    left_out = content["categories"].pop()
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != left_out["id"]]
+    (tmp_path / "fewer.json").write_text(json.dumps(content))
+    values = {"teacher": str(teacher_file), "eval_data": str(drawn_coco), "epochs": 1}
+    trainer = FocusDDTrainer(
+        overrides=options(tmp_path, drawn_set, **values, eval_annotations=str(tmp_path / "fewer.json"))
+    )
+    trainer.train()
+    result = json.loads((Path(trainer.save_dir) / "coco_eval.json").read_text())
+    assert left_out["name"] not in result["last"]["covered_classes"]
+    assert len(result["last"]["covered_classes"]) == 2
+
+
 def test_args_yaml_is_stock(finished: Path) -> None:
     args = yaml.safe_load((finished / "args.yaml").read_text())
     assert not set(args) & set(OWN_KEYS)
