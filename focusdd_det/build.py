@@ -24,15 +24,16 @@ import yaml
 
 from focusdd_det import detset
 from focusdd_det.composites import Bench, compose_all
-from focusdd_det.config import BuildConfig, as_plain, load, parse_yaml
+from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
+from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
 from focusdd_det.scores import ScoreStore, score_all
 from focusdd_det.selector import Selector, load_selector, token_grid
-from focusdd_det.teacher import Detector, load_detector
+from focusdd_det.teacher import load_detector
 
 log = logging.getLogger("focusdd")
 
@@ -67,8 +68,13 @@ def load_config(file: Path | None = None, **overrides: Any) -> BuildConfig:
     return load(BuildConfig, "build_det.yaml", overrides, file, "the build's configuration")
 
 
-def build(config: BuildConfig, resume: bool = False) -> BuildResult:
-    """Build a distilled detection set at `config.out`.
+def load_class_config(file: Path | None = None, **overrides: Any) -> ClassBuildConfig:
+    """The same for a classification set, from cfg/build_cls.yaml."""
+    return load(ClassBuildConfig, "build_cls.yaml", overrides, file, "the build's configuration")
+
+
+def build(config: SetConfig, resume: bool = False) -> BuildResult:
+    """Build a distilled set at `config.out`: for detection or for classification, as the config's type says.
 
     A build that was stopped goes on where it was when the same config is given again. What it writes before it is
     complete lies in `<out>.incomplete/`. Nothing else is written, and no source is changed.
@@ -89,12 +95,13 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
-    detector = load_detector(config.teacher, _device(config), plan.class_map.names, config.download)
+    config = method.adapt(config)
+    labeller, teacher = _labeller(config, plan)
     selector = _selector(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
     grid = selector.grid if selector else token_grid(config.selector, config.selector_weights, config.view)
-    identity = _identity(config, plan, selector, grid, detector)
+    identity = _identity(config, plan, selector, grid, teacher)
     if _already_there(out, work, identity, config, plan, resume):
         return _result(out, plan, {"all": time.monotonic() - started})
     _start(work, identity, config)
@@ -106,9 +113,9 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
         store = ScoreStore(Path(config.scores) if config.scores else work / "scores.sqlite")
         try:
             with _phase(seconds, "score"):
-                _score(config, plan, store, selector)
+                _score(config, method, plan, store, selector)
             with _phase(seconds, "compose"):
-                items = compose_all(Bench(config, plan, method, store, grid, detector, work, _workers(config)))
+                items = compose_all(Bench(config, plan, method, store, grid, labeller, work, _workers(config)))
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
                 _report_repeats(store.repeats())
@@ -126,7 +133,7 @@ def build(config: BuildConfig, resume: bool = False) -> BuildResult:
 # --- before the work
 
 
-def _out(config: BuildConfig) -> Path:
+def _out(config: SetConfig) -> Path:
     """The folder of the set; what a link stands for, so that the set is built beside its place."""
     out = Path(config.out)
     if out.is_symlink() or out.name in ("", ".."):
@@ -137,13 +144,14 @@ def _out(config: BuildConfig) -> Path:
 
 
 def _identity(
-    config: BuildConfig, plan: Plan, selector: Selector | None, grid: int, detector: Detector
+    config: SetConfig, plan: Plan, selector: Selector | None, grid: int, teacher: dict[str, str] | None
 ) -> dict[str, Any]:
     """build.yaml: what determines the bytes of the set."""
     settings = {key: value for key, value in as_plain(config).items() if key not in MACHINE_KEYS}
     return {
         "format": "focusdd_det set",
         "format_version": 1,
+        "task": task_of(config),
         "config": settings,
         "classes": list(plan.class_map.names),
         "maps": plan.map_sha256,
@@ -156,8 +164,25 @@ def _identity(
             "view": selector.view,
         },
         "token_grid": grid,
-        "teacher": {"name": Path(config.teacher).name, "sha256": detector.sha256},
+        "teacher": teacher,
         "versions": {"focusdd_det": version("focusdd_det"), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def task_of(config: SetConfig) -> str:
+    """What a set is for: detect or classify."""
+    return "detect" if isinstance(config, BuildConfig) else "classify"
+
+
+def _labeller(config: SetConfig, plan: Plan) -> tuple[Labeller, dict[str, str] | None]:
+    """Who labels the composites, and the teacher's name and hash."""
+    if not isinstance(config, BuildConfig):
+        return ClassLabels(in_flight=4 * _workers(config)), None
+    names = plan.class_map.names
+    detector = load_detector(config.teacher, _device(config), names, config.download)
+    return TeacherBoxes(config, detector, len(names)), {
+        "name": Path(config.teacher).name,
+        "sha256": detector.sha256,
     }
 
 
@@ -172,7 +197,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _already_there(
-    out: Path, work: Path, identity: dict[str, Any], config: BuildConfig, plan: Plan, resume: bool
+    out: Path, work: Path, identity: dict[str, Any], config: SetConfig, plan: Plan, resume: bool
 ) -> bool:
     """Whether the set is there, whole. Refuses what must not be touched; reopens a damaged set to repair it."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -255,17 +280,20 @@ def _identity_bytes(identity: dict[str, Any]) -> bytes:
 
 def _read_identity(folder: Path) -> Any:
     try:
-        return parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
+        content = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return {"task": "detect", **content} if isinstance(content, dict) else content
 
 
-def _start(work: Path, identity: dict[str, Any], config: BuildConfig) -> None:
+def _start(work: Path, identity: dict[str, Any], config: SetConfig) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
         detset.write_atomic(work / "build.yaml", _identity_bytes(identity))  # first: from now on it is seen to be ours
-        for part in detset.PARTS:
+        for part in detset.PARTS if task_of(config) == "detect" else ():
             (work / part / "train").mkdir(parents=True, exist_ok=True)
+        if task_of(config) == "classify":
+            (work / "train").mkdir(exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
 
@@ -285,10 +313,8 @@ def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
     have = {item.line() for item in detset.read_manifest(work, tolerant=True) if detset.intact(work, item)}
     for item in detset.read_manifest(source):
         if item.line() not in have:
-            for part in detset.PARTS:
-                detset.write_atomic(
-                    detset.part_path(work, part, item.id), detset.part_path(source, part, item.id).read_bytes()
-                )
+            for part in item.sha256:
+                detset.write_part(work, part, item, detset.part_path(source, part, item).read_bytes())
             detset.append(work, item)
 
 
@@ -303,7 +329,7 @@ def _check_grown(source: Path, items: Sequence[detset.Item]) -> None:
         )
 
 
-def _require_space(work: Path, plan: Plan, config: BuildConfig) -> None:
+def _require_space(work: Path, plan: Plan, config: SetConfig) -> None:
     done = sum(1 for _ in detset.read_manifest(work, tolerant=True))
     need = int(max(0, plan.composites - done) * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * 400)
     have = shutil.disk_usage(work).free
@@ -317,7 +343,7 @@ def _require_space(work: Path, plan: Plan, config: BuildConfig) -> None:
 # --- the ViT's part
 
 
-def _selector(config: BuildConfig, method: Method) -> Selector | None:
+def _selector(config: SetConfig, method: Method) -> Selector | None:
     if not method.needs_selector:
         return None
     return load_selector(
@@ -326,29 +352,29 @@ def _selector(config: BuildConfig, method: Method) -> Selector | None:
     )  # fmt: skip
 
 
-def _score(config: BuildConfig, plan: Plan, store: ScoreStore, selector: Selector | None) -> None:
+def _score(config: SetConfig, method: Method, plan: Plan, store: ScoreStore, selector: Selector | None) -> None:
     columns = _columns(config, plan, selector)
     blind = _blind(config, plan, selector)
     if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
     with progress_bar(plan.sources, "looking at sources") as bar:
-        score_all(plan.stream(), store, selector, columns, config, _workers(config), bar.update)
+        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update)
 
 
-def _blind(config: BuildConfig, plan: Plan, selector: Selector | None) -> list[str]:
+def _blind(config: SetConfig, plan: Plan, selector: Selector | None) -> list[str]:
     """Classes for which the ViT has no output, so that its largest probability is their confidence."""
     if selector is None or config.confidence != "true":
         return []
     return [name for name, own in _columns(config, plan, selector).items() if not own]
 
 
-def _columns(config: BuildConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
+def _columns(config: SetConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
     """Class -> outputs of the ViT that stand for it: those of its folders and of the class map's synsets."""
     position = {name: i for i, name in enumerate(selector.classes)} if selector else {}
     columns = {}
     for group in plan.groups:
         names = set(group.folders)
-        if config.ipc_unit == "coco":
+        if isinstance(config, BuildConfig) and config.ipc_unit == "coco":
             names |= set(plan.class_map.folders_of(group.class_name)) | {group.class_name}
         columns[group.name] = tuple(sorted(position[name] for name in names if name in position))
     return columns
@@ -366,7 +392,7 @@ def _report_repeats(repeats: Sequence[tuple[str, int]]) -> None:
 def _finish(
     work: Path,
     out: Path,
-    config: BuildConfig,
+    config: SetConfig,
     plan: Plan,
     identity: dict[str, Any],
     items: Sequence[detset.Item],
@@ -380,10 +406,12 @@ def _finish(
         raise DataError(
             "no composite was made: the teacher found nothing in any of them. Look at the sources, lower conf, "
             "or keep empty composites with empty=keep"
+            if task_of(config) == "detect"
+            else "no composite was made: no class has enough usable sources; quarantine.jsonl says what was wrong"
         )
     detset.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
-    detset.sweep(work, {item.id for item in items}, _aside(out))
-    detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names))
+    detset.sweep(work, items, _aside(out))
+    detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names, task_of(config)))
     detset.write_atomic(work / "README.md", card(items, plan, identity, counts, blind).encode())
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
     detset.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
@@ -403,7 +431,7 @@ def _finish(
     detset.write_atomic(work / "COMPLETE", detset.seal(work))
 
 
-def _publish(work: Path, out: Path, config: BuildConfig) -> None:
+def _publish(work: Path, out: Path, config: SetConfig) -> None:
     """`<out>.incomplete` becomes `out`; an older set makes room only now that the new one is whole."""
     replaced = out.with_name(out.name + ".replaced")
     try:
@@ -441,7 +469,7 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.monotonic() - start
 
 
-def _device(config: BuildConfig) -> str:
+def _device(config: SetConfig) -> str:
     if config.device != "auto":
         try:
             torch.zeros(1, device=config.device)
@@ -453,5 +481,5 @@ def _device(config: BuildConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _workers(config: BuildConfig) -> int:
+def _workers(config: SetConfig) -> int:
     return config.workers or os.cpu_count() or 1

@@ -131,8 +131,11 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
     )
 
 
-def read_folder_map(path: Path, names: Sequence[str]) -> dict[str, str]:
+def read_folder_map(path: Path, names: Sequence[str] | None = None) -> dict[str, str]:
     """A user's own map for one source folder: a YAML of `folder: class` lines (or those lines under `folders:`).
+
+    Args:
+        names: the classes there are; None: any.
 
     Raises:
         DataError: not such a file, or classes that are not among `names`, all at once.
@@ -143,9 +146,9 @@ def read_folder_map(path: Path, names: Sequence[str]) -> dict[str, str]:
         raise DataError(f"{path}: expected `folder: class` lines")
     problems = [problem for folder in table for problem in _unusable(folder)]
     problems += [
-        f"`{folder}: {name}`: the set has no such class{suggest(str(name), list(names))}"
+        f"`{folder}: {name}`: the set has no such class{suggest(str(name), list(names or ()))}"
         for folder, name in table.items()
-        if str(name) not in names
+        if names is not None and str(name) not in names
     ]
     _report(path, problems)
     return {str(folder): str(name) for folder, name in table.items()}

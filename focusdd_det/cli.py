@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from focusdd_det import __version__
-from focusdd_det.config import BuildConfig, describe, load, parse_tokens
+from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, load, parse_tokens
 from focusdd_det.errors import ConfigError, DiskError, FocusDDError, VerifyError
 
 log = logging.getLogger("focusdd")
@@ -28,6 +28,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd build --source imagenet/train --ipc 50 --out datasets/focusdd     photographs -> distilled set
   focusdd detect train model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100
   focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
+  focusdd classify build|relabel|train ...                                  the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
 
@@ -42,6 +43,19 @@ BUILD_USAGE = """Build a distilled detection set from class folders.
   python tools/build_det_set.py --source imagenet/train --ipc 50 --dry-run     what would be built, and from what
   python tools/build_det_set.py --source imagenet/train --ipc 50 --resume      only go on with a build (or repair a set)
   focusdd build config=my.yaml method=random
+
+Every key of the list below as `key=value` or `--key value`. The same command goes on where it was stopped.
+--dry-run, --resume, --help.
+"""
+
+
+BUILD_CLS_USAGE = """Build a distilled classification set from class folders: composites by class, no boxes.
+
+  python tools/build_cls_set.py --source imagenet/train --ipc 10
+  python tools/build_cls_set.py --source imagenet/train --ipc 10 --method whole --out datasets/random_pictures
+  python tools/build_cls_set.py --source imagenet/train --ipc 10 --dry-run     what would be built, and from what
+  python tools/build_cls_set.py --source imagenet/train --ipc 10 --resume      only go on with a build (or repair a set)
+  focusdd classify build config=my.yaml method=realism
 
 Every key of the list below as `key=value` or `--key value`. The same command goes on where it was stopped.
 --dry-run, --resume, --help.
@@ -86,15 +100,24 @@ def run_main(command: Command, argv: Sequence[str] | None = None) -> int:
 
 def build_command(argv: Sequence[str]) -> int:
     """`focusdd build`, tools/build_det_set.py."""
+    return _build(argv, BuildConfig, "build_det.yaml", BUILD_USAGE)
+
+
+def build_cls_command(argv: Sequence[str]) -> int:
+    """`focusdd classify build`, tools/build_cls_set.py."""
+    return _build(argv, ClassBuildConfig, "build_cls.yaml", BUILD_CLS_USAGE)
+
+
+def _build(argv: Sequence[str], kind: type[SetConfig], shipped: str, usage: str) -> int:
     if _wants_help(argv):
-        print(BUILD_USAGE + "\n" + describe("build_det.yaml"))
+        print(usage + "\n" + describe(shipped))
         return 0
-    hints = get_type_hints(BuildConfig)
+    hints = get_type_hints(kind)
     extra = {"dry_run": bool, "resume": bool, "config": str}
     overrides = parse_tokens(argv, {**hints, **extra}, {"source": "sources", "class": "classes"})
     dry_run, resume = (_flag(overrides, key) for key in ("dry_run", "resume"))
     file = overrides.pop("config", None)
-    config = load(BuildConfig, "build_det.yaml", overrides, Path(str(file)) if file else None, "the command")
+    config = load(kind, shipped, overrides, Path(str(file)) if file else None, "the command")
     if dry_run:
         from focusdd_det.plan import make_plan
 
@@ -104,9 +127,11 @@ def build_command(argv: Sequence[str]) -> int:
 
     result = build(config, resume=resume)
     print(f"{result.folder}: {result.composites} composites, {len(result.covered)} classes covered")
-    print(
-        f"next: python tools/train_det.py model=yolo11n.yaml data={result.folder} teacher={config.teacher} epochs=100"
-    )
+    if isinstance(config, BuildConfig):
+        after = f"train_det.py model=yolo11n.yaml data={result.folder} teacher={config.teacher} epochs=100"
+    else:
+        after = f"relabel_cls.py data={result.folder} teacher=resnet18 teacher_weights=... eval_data=imagenet/val"
+    print(f"next: python tools/{after}")
     return 0
 
 
@@ -172,9 +197,21 @@ def detect_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def classify_command(argv: Sequence[str]) -> int | None:
+    """`focusdd classify build|relabel|train ...`."""
+    from focusdd_det.classify.relabel import relabel_command
+    from focusdd_det.classify.train_cli import train
+
+    modes: dict[str, Command] = {"build": build_cls_command, "relabel": relabel_command, "train": train}
+    if not argv or argv[0] not in modes:
+        raise ConfigError(f"focusdd classify: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
+    return modes[argv[0]](argv[1:])
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
+    "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
 }

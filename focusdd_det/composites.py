@@ -1,4 +1,4 @@
-"""Chosen sources -> labelled composites in the set: cut, compose, ask the teacher, write.
+"""Chosen sources -> labelled composites in the set: cut, compose, label, write.
 
 A composite in which the teacher finds nothing is replaced by the next candidates, so what comes next depends on what
 the teacher says. Each class is therefore a coroutine that yields pictures and is sent detections; several run at a
@@ -21,11 +21,11 @@ import numpy as np
 
 from focusdd_det import detset
 from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox
-from focusdd_det.config import BuildConfig
+from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
-from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
+from focusdd_det.labelling import Labeller, Look
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan
 from focusdd_det.progress import progress_bar
@@ -33,7 +33,6 @@ from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
 from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal, proposals
 from focusdd_det.sources import Root, locate
-from focusdd_det.teacher import Detector
 from focusdd_det.types import Crop, Detections, Image
 from focusdd_det.windows import middle_square, view_of
 
@@ -44,12 +43,12 @@ _REUSE_LIMIT = 20  # proposals per composite wanted, before `short_class: reuse`
 class Bench:
     """All that composites are made with."""
 
-    config: BuildConfig
+    config: SetConfig
     plan: Plan
     method: Method
     store: ScoreStore
     token_grid: int  # side of the ViT's token grid, on which key windows are given
-    detector: Detector
+    labeller: Labeller
     folder: Path
     workers: int
     made: dict[str, list[Item]] = field(default_factory=dict)  # class -> its composites so far
@@ -71,8 +70,7 @@ class _Draft:
     seed: int
     cells: tuple[Cell, ...]
     jpeg: bytes
-    looks: tuple[Image, ...]  # what the teacher is shown: the composite, or its sources letterboxed
-    frames: tuple[tuple[float, int, int], ...]  # label_on=source: scale, left and top of each letterbox
+    looks: tuple[Look, ...]
 
 
 class _BadSourceError(Exception):
@@ -111,7 +109,7 @@ def compose_all(bench: Bench) -> list[Item]:
                 active.append((group, work, next(work) if answer is None else work.send(answer)))
 
         while True:
-            while sum(len(looks) for _, _, looks in active) < config.teacher_batch:
+            while sum(len(looks) for _, _, looks in active) < bench.labeller.in_flight:
                 group = next(waiting, None)
                 if group is None:
                     break
@@ -119,7 +117,7 @@ def compose_all(bench: Bench) -> list[Item]:
             if not active:
                 break
             turn, active[:] = list(active), []
-            found = _ask(bench, [look for _, _, looks in turn for look in looks])
+            found = bench.labeller.ask([look for _, _, looks in turn for look in looks])
             for group, work, looks in turn:
                 answer, found = found[: len(looks)], found[len(looks) :]
                 advance(group, work, answer)
@@ -154,7 +152,7 @@ def _one_class(
 
     stream = proposed(0)
     while len(made) < group.ipc:
-        batch = list(islice(stream, min(group.ipc - len(made), config.teacher_batch)))
+        batch = list(islice(stream, min(group.ipc - len(made), bench.labeller.in_flight)))
         if not batch:
             break
         try:
@@ -165,7 +163,7 @@ def _one_class(
             judged.add(error.source, str(error))
             stream = proposed(batch[0].number)  # what came before did not use it, so it stays as it was
             continue
-        looks = [look for draft in drafts if isinstance(draft, _Draft) for look in draft.looks]
+        looks = [look.pixels for draft in drafts if isinstance(draft, _Draft) for look in draft.looks]
         found = (yield looks) if looks else []
         for draft in drafts:
             if isinstance(draft, Item):
@@ -212,7 +210,7 @@ def _drafts(
             jobs.append(earlier)
         else:
             where = [positions[i] for i in turn]
-            jobs.append(pool.submit(_draft, bench.config, bench.roots, proposal.number, seed, cells, sources, where))
+            jobs.append(pool.submit(_draft, bench, proposal.number, seed, cells, sources, where))
     try:
         return [
             job if isinstance(job, Item) else _outcome(job, group, proposal)
@@ -261,31 +259,22 @@ def _cell(bench: Bench, source: Row, kind: str) -> Cell:
 
 
 def _draft(
-    config: BuildConfig,
-    roots: dict[str, Root],
-    number: int,
-    seed: int,
-    cells: tuple[Cell, ...],
-    sources: list[Row],
-    positions: list[int],
+    bench: Bench, number: int, seed: int, cells: tuple[Cell, ...], sources: list[Row], positions: list[int]
 ) -> _Draft:
     """Read the sources again, in full this time, and put the composite together."""
+    config, roots = bench.config, bench.roots
     side = config.image_size // config.grid
-    tiles, looks, frames = [], [], []
+    tiles, looks = [], []
     for cell, row, position in zip(cells, sources, positions, strict=True):
         picture = _read_whole(roots[row.root], row, position, config)
         tiles.append(letterbox(picture, side)[0] if cell.crop is None else cut(picture, Crop(*cell.crop), side))
-        if config.label_on == "source":
-            look, scale, left, top = letterbox(picture, _teacher_side(config))
-            looks.append(look)
-            frames.append((scale, left, top))
+        looks += bench.labeller.look_at_source(picture)
     jpeg = encode_jpeg(assemble(tiles, config.grid), config.jpeg_quality)
-    if config.label_on == "composite":
-        looks = [decode(jpeg)[0]]  # the teacher sees what the student will see: the file
-    return _Draft(number, seed, cells, jpeg, tuple(looks), tuple(frames))
+    looks += bench.labeller.look_at_composite(jpeg)
+    return _Draft(number, seed, cells, jpeg, tuple(looks))
 
 
-def _read_whole(root: Root, row: Row, position: int, config: BuildConfig) -> Image:
+def _read_whole(root: Root, row: Row, position: int, config: SetConfig) -> Image:
     located = locate(root, row.path, row.folder, row.group, row.offset, row.size, row.mtime_ns)
     try:
         if not located.file.parent.is_dir():
@@ -309,51 +298,26 @@ def _read_whole(root: Root, row: Row, position: int, config: BuildConfig) -> Ima
     return picture
 
 
-def _ask(bench: Bench, looks: list[Image]) -> list[Detections]:
-    config = bench.config
-    side = _teacher_side(config)
-    return bench.detector.detect(looks, config.conf, config.iou, config.max_det, config.teacher_batch, side)
-
-
-def _teacher_side(config: BuildConfig) -> int:
-    """Side of the teacher's input: that of the composite, up to the next multiple of its stride."""
-    return -(-config.image_size // 32) * 32
-
-
 def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], index: int) -> Item | None:
-    """Label a draft and write it; None if the teacher found nothing and it is to be replaced."""
-    config, classes = bench.config, len(bench.plan.class_map.names)
-    side = config.image_size / config.grid
-    squares = [((i % config.grid) * side, (i // config.grid) * side, side) for i in range(config.grid**2)]
-    labels = found[0] if config.label_on == "composite" else _carried(config, draft, found, squares, classes)
-    labels = drop_repeats(drop_slivers(labels, config.min_side), config.image_size)
-    if not len(labels) and config.empty == "replace":
+    """Label a draft and write it; None if there is nothing to learn from it and it is to be replaced."""
+    label = bench.labeller.label(draft.looks, draft.cells, group.class_index, found)
+    if label is None:
         return None
-    cells = tuple(
-        replace(cell, confirmed=confirms(labels, group.class_index, square)) if cell.kind == "key" else cell
-        for cell, square in zip(draft.cells, squares, strict=True)
-    )
-    item_id = _item_id(group, index)
-    parts = {
-        "images": draft.jpeg,
-        "labels": rows(labels, config.image_size).encode(),
-        "soft": detset.soft_bytes(labels),
-    }
-    for part, data in parts.items():
-        detset.write_atomic(detset.part_path(bench.folder, part, item_id), data)
-    hashes = {part: detset.sha256(data) for part, data in parts.items()}
+    parts = {"images": draft.jpeg, **label.parts}
     item = Item(
-        id=item_id,
+        id=_item_id(group, index),
         class_name=group.class_name,
         class_index=group.class_index,
         group=group.name,
         index=index,
         proposal=draft.proposal,
         seed=draft.seed,
-        cells=cells,
-        boxes=len(labels),
-        sha256=hashes,
+        cells=label.cells,
+        boxes=label.boxes,
+        sha256={part: detset.sha256(data) for part, data in parts.items()},
     )
+    for part, data in parts.items():
+        detset.write_part(bench.folder, part, item, data)
     detset.append(bench.folder, item)
     return item
 
@@ -366,31 +330,6 @@ def _item_id(group: Group, index: int) -> str:
     return f"{group.class_index:03d}_{slug}_{index:05d}"
 
 
-def _carried(
-    config: BuildConfig,
-    draft: _Draft,
-    found: list[Detections],
-    squares: list[tuple[float, float, float]],
-    classes: int,
-) -> Detections:
-    """label_on=source: boxes from each letterboxed source, through its crop, into its cell."""
-    parts = []
-    for cell, detections, frame, square in zip(draft.cells, found, draft.frames, squares, strict=True):
-        scale, left, top = frame
-        limits = np.array([cell.width, cell.height, cell.width, cell.height], np.float32)
-        boxes = (detections.boxes - np.array([left, top, left, top], np.float32)) / scale
-        on_source = replace(detections, boxes=np.clip(boxes, 0, limits).astype(np.float32))
-        if cell.crop is not None:
-            parts.append(carry(on_source, Crop(*cell.crop), square, config.min_visible))
-            continue
-        inner = square[2] / max(cell.width, cell.height)  # the letterboxed cell: the same picture, another scale
-        border_x = (square[2] - round(cell.width * inner)) // 2
-        border_y = (square[2] - round(cell.height * inner)) // 2
-        offset = np.array([square[0] + border_x, square[1] + border_y] * 2, np.float32)
-        parts.append(replace(on_source, boxes=(on_source.boxes * inner + offset).astype(np.float32)))
-    return join(parts, classes)
-
-
 def _is_finished(bench: Bench, group: Group, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
     """Whether an item of an earlier run is made of these very cells, is what its line says and its files are whole."""
     plain = tuple(replace(cell, confirmed=False) for cell in item.cells)
@@ -398,8 +337,4 @@ def _is_finished(bench: Bench, group: Group, item: Item, seed: int, cells: tuple
     due = (_item_id(group, item.index), group.class_name, group.class_index)
     if item.seed != seed or plain != cells or whose != due or not detset.intact(bench.folder, item):
         return False
-    text = detset.part_path(bench.folder, "labels", item.id).read_text(encoding="utf-8", errors="replace")
-    try:
-        return len(parse_rows(text, len(bench.plan.class_map.names))) == item.boxes
-    except ValueError:
-        return False
+    return bench.labeller.sound(bench.folder, item)

@@ -33,15 +33,13 @@ def cfg_dir() -> Path:
 
 
 @dataclass(frozen=True)
-class BuildConfig:
-    """What a build of a distilled detection set is asked for; cfg/build_det.yaml says what each key means."""
+class SetConfig:
+    """What the build of any distilled set is asked for: which pictures, how composed. The shipped YAML says what each
+    key means."""
 
     sources: tuple[Any, ...]
     out: str
     ipc: int
-    ipc_unit: Literal["coco", "imagenet"]
-    class_map: str
-    levels: tuple[str, ...]
     classes: tuple[str, ...]
     short_class: Literal["error", "reduce", "reuse", "skip"]
     seed: int
@@ -63,19 +61,10 @@ class BuildConfig:
     crop: Literal["window", "cover", "fixed"]
     background: Literal["crop", "letterbox"]
     jpeg_quality: int
-    teacher: str
-    label_on: Literal["composite", "source"]
-    conf: float
-    iou: float
-    max_det: int
-    min_side: float
-    min_visible: float
-    empty: Literal["replace", "keep"]
     max_bad: float
     max_pixels: int
     precision: Literal["fp32", "bf16", "fp16"]
     batch: int
-    teacher_batch: int
     device: str
     workers: int
     threads: int
@@ -85,42 +74,68 @@ class BuildConfig:
     download: bool
 
     def __post_init__(self) -> None:
-        problems = []
-
-        def check(ok: bool, key: str, expected: str) -> None:
-            if not ok:
-                problems.append(f"{key}={getattr(self, key)!r}: expected {expected}")
-
-        check(self.ipc >= 1, "ipc", "at least 1 composite per class")
-        check(1 <= self.grid <= 4, "grid", "1 to 4 cells a side")
-        check(0 <= self.n_key <= self.grid**2, "n_key", f"0 to grid^2 = {self.grid**2} key patches")
-        check(
-            self.image_size >= 32 and self.image_size % self.grid == 0,
-            "image_size",
-            f"at least 32 and a multiple of grid = {self.grid}",
-        )
-        check(0 < self.side_ratio <= 1, "side_ratio", "in (0, 1]")
-        check(self.alpha >= 0, "alpha", "at least 0 (0 ranks by confidence alone)")
-        check(isinstance(self.view, str) or self.view >= 16, "view", "auto or at least 16 px")
-        check(1 <= self.jpeg_quality <= 100, "jpeg_quality", "1 to 100")
-        check(0 < self.conf < 1, "conf", "in (0, 1)")
-        check(0 < self.iou <= 1, "iou", "in (0, 1]")
-        check(self.max_det >= 1, "max_det", "at least 1")
-        check(0 <= self.min_visible <= 1, "min_visible", "in [0, 1]")
-        check(self.min_side >= 0, "min_side", "at least 0 px")
-        check(0 <= self.near_duplicate <= 64, "near_duplicate", "0 (off) to 64 bits")
-        check(0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]")
-        check(self.batch >= 1, "batch", "at least 1")
-        check(self.teacher_batch >= 1, "teacher_batch", "at least 1")
-        check(self.workers >= 0, "workers", "at least 0 (0 chooses)")
-        check(self.threads >= 0, "threads", "at least 0 (0 leaves torch's own)")
-        check(
-            set(self.levels) <= {"exact", "strong", "near"} and bool(self.levels),
-            "levels",
-            "some of exact, strong, near",
-        )
+        problems = [f"{key}={getattr(self, key)!r}: expected {text}" for ok, key, text in self.conditions() if not ok]
         if problems:
             raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(problems))
+
+    def conditions(self) -> list[tuple[bool, str, str]]:
+        """What must hold: whether it does, the key, and what was expected."""
+        return [
+            (self.ipc >= 1, "ipc", "at least 1 composite per class"),
+            (1 <= self.grid <= 4, "grid", "1 to 4 cells a side"),
+            (0 <= self.n_key <= self.grid**2, "n_key", f"0 to grid^2 = {self.grid**2} key patches"),
+            (
+                self.image_size >= 32 and self.image_size % max(self.grid, 1) == 0,
+                "image_size",
+                f"at least 32 and a multiple of grid = {self.grid}",
+            ),
+            (0 < self.side_ratio <= 1, "side_ratio", "in (0, 1]"),
+            (self.alpha >= 0, "alpha", "at least 0 (0 ranks by confidence alone)"),
+            (isinstance(self.view, str) or self.view >= 16, "view", "auto or at least 16 px"),
+            (1 <= self.jpeg_quality <= 100, "jpeg_quality", "1 to 100"),
+            (0 <= self.near_duplicate <= 64, "near_duplicate", "0 (off) to 64 bits"),
+            (0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]"),
+            (self.batch >= 1, "batch", "at least 1"),
+            (self.workers >= 0, "workers", "at least 0 (0 chooses)"),
+            (self.threads >= 0, "threads", "at least 0 (0 leaves torch's own)"),
+        ]
+
+
+@dataclass(frozen=True)
+class BuildConfig(SetConfig):
+    """A detection set: composites that a teacher puts boxes on; cfg/build_det.yaml."""
+
+    ipc_unit: Literal["coco", "imagenet"]
+    class_map: str
+    levels: tuple[str, ...]
+    teacher: str
+    label_on: Literal["composite", "source"]
+    conf: float
+    iou: float
+    max_det: int
+    min_side: float
+    min_visible: float
+    empty: Literal["replace", "keep"]
+    teacher_batch: int
+
+    def conditions(self) -> list[tuple[bool, str, str]]:
+        """Those of any set, and the teacher's."""
+        known = {"exact", "strong", "near"}
+        return [
+            *super().conditions(),
+            (0 < self.conf < 1, "conf", "in (0, 1)"),
+            (0 < self.iou <= 1, "iou", "in (0, 1]"),
+            (self.max_det >= 1, "max_det", "at least 1"),
+            (0 <= self.min_visible <= 1, "min_visible", "in [0, 1]"),
+            (self.min_side >= 0, "min_side", "at least 0 px"),
+            (self.teacher_batch >= 1, "teacher_batch", "at least 1"),
+            (set(self.levels) <= known and bool(self.levels), "levels", "some of exact, strong, near"),
+        ]
+
+
+@dataclass(frozen=True)
+class ClassBuildConfig(SetConfig):
+    """A classification set: every class folder is a class, and a composite's label is its class; cfg/build_cls.yaml."""
 
 
 class _PlainLoader(yaml.SafeLoader):

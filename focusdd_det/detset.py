@@ -1,7 +1,8 @@
 """The distilled set on disk: written atomically, verified by hashes, never executed.
 
 data.yaml           Ultralytics form, no `path:`, so that the set can be moved
-images/train/*.jpg  labels/train/*.txt  soft/train/*.safetensors
+images/train/*.jpg  labels/train/*.txt  soft/train/*.safetensors     a detection set
+train/<class>/*.jpg                                                  a classification set
 manifest.jsonl      a line per composite, in plan order
 build.yaml          what determines the bytes;  build.log.json: what does not
 README.md           dataset card;  COMPLETE: hashes of the four files above, written last
@@ -16,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,8 +36,12 @@ HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMP
 WORKING = (".lock", "scores.sqlite")  # of a set that is being built
 FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg")
 _ID = re.compile(r"\w[\w.-]{0,120}", re.ASCII)  # of an item: a plain file name everywhere
-_LEFTOVER = re.compile(r"\..*\.tmp|\d{3}_[a-z0-9-]*_\d{5}\.(jpg|txt|safetensors)")  # what only a build can have written
-PARTS = {"images": ".jpg", "labels": ".txt", "soft": ".safetensors"}
+_LEFTOVER = re.compile(
+    r"\..*\.tmp|\d{3,}_[a-z0-9-]*_\d{5}\.(jpg|txt|safetensors)"
+)  # what only a build can have written
+PARTS = {"images": ".jpg", "labels": ".txt", "soft": ".safetensors"}  # of a composite, and what its file ends with
+TASKS = {"detect": tuple(PARTS), "classify": ("images",)}
+_CACHES = ("labels/train.cache", "train.cache")  # stock Ultralytics leaves them; nothing here ever opens one
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Item:
         seed: drew the order of the cells.
         cells: in row order.
         boxes: rows in the label file.
-        sha256: of each file, by part: images, labels, soft.
+        sha256: of each file, by part: images, labels, soft; in a classification set images alone.
     """
 
     id: str
@@ -125,8 +130,10 @@ class Item:
             path = PurePosixPath(cell.path)
             if path.is_absolute() or ".." in path.parts or "\0" in cell.path:
                 raise ValueError(f"the path {cell.path!r} leads outside its root")
-        if set(item.sha256) != set(PARTS):
-            raise ValueError(f"expected hashes of {', '.join(PARTS)}")
+        if set(item.sha256) not in [set(parts) for parts in TASKS.values()]:
+            raise ValueError(f"expected hashes of {', '.join(PARTS)}, or of images alone")
+        if "labels" not in item.sha256 and not is_folder_name(item.class_name):
+            raise ValueError(f"the class {item.class_name[:60]!r} is not the name of a folder")
         return item
 
 
@@ -135,9 +142,20 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def part_path(folder: Path, part: str, item_id: str) -> Path:
+def is_folder_name(name: str) -> bool:
+    """Whether a class can have a folder of its own name: one step down, and visible."""
+    return not name.startswith(".") and not set(name) & set("/\\\0") and bool(name.strip())
+
+
+def part_path(folder: Path, part: str, item: Item) -> Path:
     """Where a part (images, labels, soft) of an item lies in a set."""
-    return folder / part / "train" / f"{item_id}{PARTS[part]}"
+    return folder / _place(part, item)
+
+
+def _place(part: str, item: Item) -> str:
+    if "labels" in item.sha256:
+        return f"{part}/train/{item.id}{PARTS[part]}"
+    return f"train/{item.class_name}/{item.id}{PARTS[part]}"
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -162,6 +180,22 @@ def write_atomic(path: Path, data: bytes) -> None:
             f"cannot write {path}: {error.strerror}; free some space or fix the permission, then run the same command "
             "again: it goes on where it stopped"
         ) from error
+
+
+def write_part(folder: Path, part: str, item: Item, data: bytes) -> None:
+    """A file of a composite, in the folder of its class where the set has such.
+
+    Raises:
+        DiskError: as `write_atomic`.
+    """
+    path = part_path(folder, part, item)
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"cannot make {path.parent}: {error.strerror}; fix that and run the same command again"
+        ) from error
+    write_atomic(path, data)
 
 
 def soft_bytes(found: Detections) -> bytes:
@@ -236,26 +270,33 @@ def _ends_line(path: Path) -> bool:
         return file.read(1) == b"\n"
 
 
-def sweep(folder: Path, keep: set[str], aside: Path) -> None:
+def sweep(folder: Path, items: Iterable[Item], aside: Path) -> None:
     """Clear a set that is being built of what is no part of it.
 
     What an interrupted build left behind (files of no item, temporary files) is removed; anything else is moved into
     `aside`: it may be somebody's.
     """
-    for path in list(_strays(folder, keep)):
+    for path in list(_strays(folder, _places(items))):
         if path.name in WORKING:
             continue
-        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+        if _left_over(path):
             path.unlink()
+        elif path.is_dir() and not path.is_symlink() and all(map(_left_over, path.iterdir())):
+            shutil.rmtree(path)  # of a class, begun and left
         else:
             _move(path, aside / path.relative_to(folder))
 
 
+def _left_over(path: Path) -> bool:
+    """Whether a file can only have been written by a build that was stopped."""
+    return bool(_LEFTOVER.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+
+
 def intact(folder: Path, item: Item) -> bool:
     """Whether all files of an item are what its line says."""
-    for part in PARTS:
+    for part, digest in item.sha256.items():
         try:
-            if sha256(part_path(folder, part, item.id).read_bytes()) != item.sha256[part]:
+            if sha256(part_path(folder, part, item).read_bytes()) != digest:
                 return False
         except OSError:
             return False
@@ -264,11 +305,19 @@ def intact(folder: Path, item: Item) -> bool:
 
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds a set (or part of one) that this package wrote."""
+    return task_of(folder) is not None
+
+
+def task_of(folder: Path) -> str | None:
+    """What a set is for, detect or classify; None if the folder holds no set of this package."""
     try:
         content = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == "focusdd_det set"
+        return None
+    if not isinstance(content, dict) or content.get("format") != "focusdd_det set":
+        return None
+    task = content.get("task", "detect")
+    return str(task) if task in TASKS else None
 
 
 def verify(folder: Path) -> list[str]:
@@ -300,21 +349,29 @@ def verify(folder: Path) -> list[str]:
     except VerifyError as error:
         problems.append(str(error))
     known: set[str] = set()
+    parts = TASKS[task_of(folder) or "detect"]
     try:
         for item in read_manifest(folder):
-            if item.id in known:
+            if set(item.sha256) != set(parts):
+                problems.append(f"{folder / 'manifest.jsonl'}: {item.id} has other parts than {', '.join(parts)}")
+                continue
+            places = _places([item])
+            if places & known:
                 problems.append(f"{folder / 'manifest.jsonl'}: {item.id} twice")
-            known.add(item.id)
-            problems += _verify_item(folder, item, len(names))
+            known |= places
+            problems += _verify_item(folder, item, names)
     except VerifyError as error:
         problems.append(str(error))
     problems += [f"{path}: not part of the set" for path in _strays(folder, known)]
     return problems
 
 
-def _verify_item(folder: Path, item: Item, classes: int) -> Iterator[str]:
-    for part in PARTS:
-        path = part_path(folder, part, item.id)
+def _verify_item(folder: Path, item: Item, names: Sequence[str]) -> Iterator[str]:
+    if names and item.class_name != (names[item.class_index] if item.class_index < len(names) else None):
+        yield f"{folder / 'manifest.jsonl'}: {item.id} is of class {item.class_index} `{item.class_name}`, not so in data.yaml"
+    classes = len(names)
+    for part in item.sha256:
+        path = part_path(folder, part, item)
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -331,27 +388,41 @@ def _verify_item(folder: Path, item: Item, classes: int) -> Iterator[str]:
                 yield f"{path}: {error}"
 
 
+def _places(items: Iterable[Item]) -> set[str]:
+    """The files of items, relative to their set."""
+    return {_place(part, item) for item in items for part in item.sha256}
+
+
 def _strays(folder: Path, known: set[str]) -> Iterator[Path]:
-    """What lies in a set without being part of it."""
-    expected = {*HASHED, *FREE, *PARTS}
+    """What lies in a set without being part of it; `known` are its composites' files, relative to it."""
+    classify = task_of(folder) == "classify"
+    tops = ("train",) if classify else tuple(f"{part}/train" for part in PARTS)
+    expected = {*HASHED, *FREE, *(top.partition("/")[0] for top in tops)}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in expected or path.is_symlink():  # Ultralytics writes beside labels/: not elsewhere, please
+        # Ultralytics writes beside labels/: not elsewhere, please
+        if (path.name not in expected and not (classify and path.name in _CACHES)) or path.is_symlink():
             yield path
-    for part, suffix in PARTS.items():
-        top = folder / part
-        for path in sorted(top.iterdir()) if top.is_dir() else []:
-            if (part, path.name) == ("labels", "train.cache"):
-                continue  # stock Ultralytics leaves it when it trains on the set; nothing here ever opens it
-            if path.name != "train" or path.is_symlink():
+    for top in tops:
+        above = folder / top.partition("/")[0]
+        for path in sorted(above.iterdir()) if "/" in top and above.is_dir() else []:
+            if path.relative_to(folder).as_posix() not in _CACHES and (path.name != "train" or path.is_symlink()):
                 yield path
-        inner = top / "train"
-        for path in sorted(inner.iterdir()) if inner.is_dir() else []:
-            if path.suffix != suffix or path.stem not in known or path.is_symlink() or path.is_dir():
+        inner = folder / top
+        folders = sorted({place.rpartition("/")[0] for place in known}) if classify else [top]
+        for path in sorted(inner.iterdir()) if classify and inner.is_dir() else []:
+            if path.relative_to(folder).as_posix() not in folders or path.is_symlink() or not path.is_dir():
                 yield path
+        for name in folders:
+            for path in sorted((folder / name).iterdir()) if (folder / name).is_dir() else []:
+                if path.relative_to(folder).as_posix() not in known or path.is_symlink() or path.is_dir():
+                    yield path
 
 
-def data_yaml(names: Iterable[str]) -> bytes:
+def data_yaml(names: Iterable[str], task: str = "detect") -> bytes:
     """data.yaml of a set. `val` names the training images only because Ultralytics wants one."""
+    if task == "classify":
+        classes = {"train": "train", "names": dict(enumerate(names))}
+        return (yaml.safe_dump(classes, sort_keys=False, allow_unicode=False)).encode()
     content = {"train": "images/train", "val": "images/train", "names": dict(enumerate(names))}
     note = "# val repeats the training images because Ultralytics wants a val: key; give eval_data= for a real one\n"
     return (note + yaml.safe_dump(content, sort_keys=False, allow_unicode=False)).encode()
@@ -368,13 +439,13 @@ def read_data_yaml(folder: Path) -> list[str]:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(content, dict) or set(content) != {"train", "val", "names"}:
+    classify = task_of(folder) == "classify"
+    places = {"train": "train"} if classify else {"train": "images/train", "val": "images/train"}
+    if not isinstance(content, dict) or set(content) != {*places, "names"}:
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise VerifyError(f"{path}: expected the keys train, val and names and no other, got {keys}")
-    if content["train"] != "images/train" or content["val"] != "images/train":
-        raise VerifyError(
-            f"{path}: expected train and val to be images/train, got {content['train']}, {content['val']}"
-        )
+        raise VerifyError(f"{path}: expected the keys {', '.join(places)} and names and no other, got {keys}")
+    if any(content[key] != place for key, place in places.items()):
+        raise VerifyError(f"{path}: expected {places}, got { ({key: content[key] for key in places}) }")
     names = content["names"]
     numbered = isinstance(names, dict) and list(names) == list(range(len(names))) and bool(names)
     if not numbered or not all(isinstance(name, str) for name in names.values()):
@@ -384,7 +455,7 @@ def read_data_yaml(folder: Path) -> list[str]:
 
 def set_strays_aside(folder: Path, aside: Path) -> None:
     """Move everything that is not part of a set into a folder beside it: it may be somebody's."""
-    known = {item.id for item in read_manifest(folder, tolerant=True)}
+    known = _places(read_manifest(folder, tolerant=True))
     for path in list(_strays(folder, known)):
         _move(path, aside / path.relative_to(folder))
 

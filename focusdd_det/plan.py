@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from focusdd_det.classmap import ClassMap, find_map, read_class_map, read_folder_map
-from focusdd_det.config import BuildConfig, suggest
+from focusdd_det.config import BuildConfig, SetConfig, suggest
+from focusdd_det.detset import is_folder_name
 from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.methods import METHODS, Method
 from focusdd_det.sources import Located, Root, folder_names, stream
@@ -102,7 +103,7 @@ class Plan:
         return tuple(name for name in self.class_map.names if name in have)
 
 
-def make_plan(config: BuildConfig) -> Plan:
+def make_plan(config: SetConfig) -> Plan:
     """Read the maps, list the folders, count the sources.
 
     Raises:
@@ -113,8 +114,11 @@ def make_plan(config: BuildConfig) -> Plan:
             "no sources: give --source PATH (class folders such as n01440764/*.JPEG), as often as you like; "
             "--source PATH::MAP.yaml for folders with names of your own"
         )
-    method = method_of(config)
-    class_map = read_class_map(find_map(config.class_map), config.levels)
+    config = method_of(config).adapt(config)
+    if isinstance(config, BuildConfig):
+        class_map = read_class_map(find_map(config.class_map), config.levels)
+    else:
+        class_map = folder_classes(config)
     problems = [
         f"classes: the set has no class `{name}`{suggest(name, class_map.names)}"
         for name in config.classes
@@ -125,21 +129,21 @@ def make_plan(config: BuildConfig) -> Plan:
     notes: list[str] = []
     for entry in config.sources:
         try:
-            root, digest, more = _root(entry, class_map, {root.name for root in roots})
+            root, digest, more = _root(entry, class_map, {root.name for root in roots}, isinstance(config, BuildConfig))
         except (DataError, ConfigError) as error:
             problems.append(str(error))
             continue
         roots.append(root)
         hashes[root.name] = digest
         notes += more
-    plan, more_problems = _groups(config, method, class_map, hashes, roots, notes)
+    plan, more_problems = _groups(config, class_map, hashes, roots, notes)
     problems += more_problems if roots else []
     if problems:
         raise DataError("the build cannot start:\n  " + "\n  ".join(problems))
     return plan
 
 
-def method_of(config: BuildConfig) -> Method:
+def method_of(config: SetConfig) -> Method:
     """The method that `method=` names.
 
     Raises:
@@ -152,15 +156,54 @@ def method_of(config: BuildConfig) -> Method:
     return METHODS[config.method]
 
 
-def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, list[str]]:
+def folder_classes(config: SetConfig) -> ClassMap:
+    """Every class folder a class of its own name, or of the name that the source's own map gives it; sorted.
+
+    Sorted synset ids are ImageNet-1K's order in timm and torchvision.
+
+    Raises:
+        ConfigError, DataError: no class folders, or a `classes` that names others.
+    """
+    folders: dict[str, str] = {}
+    for entry in config.sources:
+        path, own, _ = _entry(entry)
+        location = Path(path).expanduser()
+        if not location.exists():
+            raise DataError(f"no source folder {location}; expected class folders such as n01440764/*.JPEG, or a tar")
+        there = {name for name in folder_names(Root("", location, {})) if not name.startswith(".")}
+        if there and there <= {"train", "val", "test"}:
+            raise DataError(f"{location} holds {', '.join(sorted(there))}: give the folder of the training pictures")
+        table = read_folder_map(find_map(str(own))) if own else {name: name for name in there}
+        folders |= {folder: name for folder, name in table.items() if folder in there}
+    unusable = sorted(name for name in set(folders.values()) if not is_folder_name(name) or not name.isprintable())
+    unknown = [name for name in config.classes if name not in folders.values()]
+    if unknown:
+        known = sorted(set(folders.values()))
+        raise DataError("; ".join(f"classes: no source has a class `{name}`{suggest(name, known)}" for name in unknown))
+    if unusable or not folders:
+        raise DataError(
+            f"the sources have no class folders, or names that no folder can have: {unusable[:5]}; expected folders "
+            "such as n01440764/*.JPEG"
+        )
+    if config.classes:
+        folders = {folder: name for folder, name in folders.items() if name in config.classes}
+    return ClassMap(tuple(sorted(set(folders.values()))), folders, dict.fromkeys(folders, "exact"))
+
+
+def _entry(entry: Any) -> tuple[str, str | None, str | None]:
+    """Path, map and name of one of `sources`."""
     if isinstance(entry, dict):
         unknown = set(entry) - {"path", "map", "name"}
         if unknown or "path" not in entry:
             raise ConfigError(f"sources: {entry}: expected path, and optionally map and name")
-        path, own, name = str(entry["path"]), entry.get("map"), entry.get("name")
-    else:
-        path, _, own = str(entry).partition("::")
-        name = None
+        return str(entry["path"]), entry.get("map"), entry.get("name")
+    path, _, own = str(entry).partition("::")
+    return path, own or None, None
+
+
+def _root(entry: Any, class_map: ClassMap, taken: set[str], strict: bool) -> tuple[Root, str, list[str]]:
+    """A source, the hash of its map, and notes. `strict`: a map may name no class that the set lacks."""
+    path, own, name = _entry(entry)
     location = Path(path).expanduser()
     name = str(name or location.resolve().name.removesuffix(".tar") or "source")
     name = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -169,7 +212,8 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
     if not location.exists():
         raise DataError(f"no source folder {location}; expected class folders such as n01440764/*.JPEG, or a tar")
     if own:
-        table = read_folder_map(find_map(str(own)), class_map.names)
+        table = read_folder_map(find_map(str(own)), class_map.names if strict else None)
+        table = {folder: owner for folder, owner in table.items() if owner in class_map.names}
         digest = ClassMap(class_map.names, table, {}).sha256
     else:
         table, digest = dict(class_map.folders), class_map.sha256
@@ -203,8 +247,7 @@ def _root(entry: Any, class_map: ClassMap, taken: set[str]) -> tuple[Root, str, 
 
 
 def _groups(
-    config: BuildConfig,
-    method: Method,
+    config: SetConfig,
     class_map: ClassMap,
     hashes: dict[str, str],
     roots: Sequence[Root],
@@ -236,7 +279,8 @@ def _groups(
         empty += sorted(mapped - set(folders)) if class_name in wanted else []
         if class_name not in wanted or not folders:
             continue
-        units = [(class_name, tuple(folders))] if config.ipc_unit == "coco" else [(f, (f,)) for f in folders]
+        by_folder = isinstance(config, BuildConfig) and config.ipc_unit == "imagenet"
+        units = [(f, (f,)) for f in folders] if by_folder else [(class_name, tuple(folders))]
         for name, members in units:
             available = sum(counts[class_name, folder] for folder in members)
             possible = available // per_composite

@@ -12,7 +12,7 @@ import numpy as np
 
 from focusdd_det.compose import encode_jpeg, resize
 from focusdd_det.decode import decode
-from focusdd_det.detset import Item, part_path
+from focusdd_det.detset import Cell, Item, part_path
 from focusdd_det.labels import parse_rows
 from focusdd_det.types import Image
 
@@ -39,6 +39,7 @@ def card(
         blind: classes that the ViT does not know.
     """
     config = identity["config"]
+    boxed = identity.get("task", "detect") == "detect"
     cell = config["image_size"] // config["grid"]
     keys = [c for item in items for c in item.cells if c.kind == "key"]
     sides = [c.crop[2] if c.crop else max(c.width, c.height) for item in items for c in item.cells]
@@ -51,26 +52,28 @@ def card(
     lines = [
         "---",
         "license: other",
-        "task_categories: [object-detection]",
+        f"task_categories: [{'object-detection' if boxed else 'image-classification'}]",
         f"tags: [dataset-distillation, focusdd, method-{config['method']}]",
         "---",
         "",
-        "# A distilled detection set",
+        f"# A distilled {'detection' if boxed else 'classification'} set",
         "",
         f"{len(items)} composites of {config['grid']} x {config['grid']} cells, {config['image_size']} px, "
-        f"method `{config['method']}`, {config['ipc']} a class asked for (`ipc_unit: {config['ipc_unit']}`), seed "
-        f"{config['seed']}. Boxes and soft targets come from the teacher `{identity['teacher']['name']}`; "
-        "nobody drew a box.",
+        f"method `{config['method']}`, {config['ipc']} a class asked for"
+        + (f" (`ipc_unit: {config['ipc_unit']}`)" if boxed else "")
+        + f", seed {config['seed']}. "
+        + (
+            f"Boxes and soft targets come from the teacher `{identity['teacher']['name']}`; nobody drew a box."
+            if boxed
+            else "A composite's class is that of its sources: the folder it lies in. Soft labels are made from it by "
+            "tools/relabel_cls.py and lie elsewhere."
+        ),
         "",
         "The pictures are cut out of photographs with licences of their own: this set may be used as they may. The "
         "formulas of "
         "the method are reconstructed from its published text.",
         "",
-        f"- boxes: {sum(i.boxes for i in items)}, {sum(i.boxes for i in items) / len(items):.2f} a composite; "
-        f"{sum(i.boxes == 0 for i in items)} composites without a box",
-        f"- key cells in which the teacher confirms the class of the source: "
-        f"{sum(c.confirmed for c in keys)} of {len(keys)}"
-        + (f" ({sum(c.confirmed for c in keys) / len(keys):.1%})" if keys else ""),
+        *(_box_lines(items, keys) if boxed else ()),
         f"- cells enlarged to {cell} px: {enlarged:.1%}; beyond 2x: {beyond:.1%}",
         f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined (reasons: quarantine.jsonl)",
         f"- classes covered: {len({i.class_name for i in items})} of {len(plan.class_map.names)}",
@@ -89,6 +92,10 @@ def card(
         lines.append(f"- fewer than {config['ipc']} composites: {', '.join(fewer)}")
     if plan.short and config["short_class"] == "skip":
         lines.append(f"- left out, too few sources: {', '.join(sorted(plan.short))}")
+    if not boxed:
+        lines += ["", "| class | composites | mean p of its key patches | mean share |", "|---|---|---|---|"]
+        lines += [_class_row(name, members) for name, members in by_group.items()]
+        return "\n".join(lines) + "\n"
     lines += ["", "| class | composites | replaced | boxes | key cells confirmed |", "|---|---|---|---|---|"]
     for name, members in by_group.items():
         own = [c for item in members for c in item.cells if c.kind == "key"]
@@ -96,6 +103,24 @@ def card(
         confirmed = f"{sum(c.confirmed for c in own)} of {len(own)}" if own else "-"
         lines.append(f"| {name} | {len(members)} | {replaced} | {sum(i.boxes for i in members)} | {confirmed} |")
     return "\n".join(lines) + "\n"
+
+
+def _box_lines(items: Sequence[Item], keys: Sequence[Cell]) -> list[str]:
+    return [
+        f"- boxes: {sum(i.boxes for i in items)}, {sum(i.boxes for i in items) / len(items):.2f} a composite; "
+        f"{sum(i.boxes == 0 for i in items)} composites without a box",
+        f"- key cells in which the teacher confirms the class of the source: "
+        f"{sum(c.confirmed for c in keys)} of {len(keys)}"
+        + (f" ({sum(c.confirmed for c in keys) / len(keys):.1%})" if keys else ""),
+    ]
+
+
+def _class_row(name: str, members: Sequence[Item]) -> str:
+    keys = [cell for item in members for cell in item.cells if cell.kind == "key"]
+    if not keys:
+        return f"| {name} | {len(members)} | - | - |"
+    p, share = (sum(values) / len(keys) for values in ([c.p for c in keys], [c.share for c in keys]))
+    return f"| {name} | {len(members)} | {p:.3f} | {share:.3f} |"
 
 
 def contact_sheet(
@@ -112,9 +137,12 @@ def contact_sheet(
 
 def draw_item(folder: Path, item: Item, names: Sequence[str], side: int) -> Image:
     """A composite of a set with its boxes and their classes, [side, side, 3]."""
-    pixels = decode(part_path(folder, "images", item.id).read_bytes())[0]
-    table = parse_rows(part_path(folder, "labels", item.id).read_text(encoding="utf-8"), len(names))
+    pixels = decode(part_path(folder, "images", item).read_bytes())[0]
     picture = np.ascontiguousarray(resize(pixels, side, side))
+    if "labels" not in item.sha256:
+        _tag(picture, item.class_name, 0, side - 12, _colour(item.class_index))
+        return picture
+    table = parse_rows(part_path(folder, "labels", item).read_text(encoding="utf-8"), len(names))
     for index, cx, cy, w, h in table:
         colour = _colour(int(index))
         x1, y1, x2, y2 = (round(float(v) * side) for v in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))

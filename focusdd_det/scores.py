@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import sqlite3
 import time
 from array import array
@@ -25,13 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 from focusdd_det.compose import resize
-from focusdd_det.config import BuildConfig
+from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import DataError, DiskError, FocusDDError
+from focusdd_det.methods import REALISM_LEAST, Method
 from focusdd_det.select import Candidates
 from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
-from focusdd_det.types import Image
+from focusdd_det.types import Crop, Image, round_half_up
 from focusdd_det.windows import best_windows, middle_square, realism, window_side
 
 _VERSION = 1  # of the scoring itself: a change of what a score means must not meet old scores
@@ -76,7 +78,7 @@ class _Glance:
     sha: bytes
     width: int
     height: int
-    view: Image
+    views: tuple[Image, ...]  # the whole source, or the crops that the method looks at
     phash: int
 
 
@@ -232,8 +234,9 @@ def score_all(
     stream: Iterable[Located],
     store: ScoreStore,
     selector: Selector | None,
+    method: Method,
     columns: Mapping[str, Sequence[int]],
-    config: BuildConfig,
+    config: SetConfig,
     workers: int,
     progress: Callable[[int], object],
 ) -> None:
@@ -243,6 +246,7 @@ def score_all(
         stream: sources, in any order.
         store: where the results go.
         selector: the ViT; None for methods that need none (then p and share are 0).
+        method: says whether the ViT is shown a source as a whole, or crops of it.
         columns: class -> outputs of the ViT that stand for it; empty: the largest probability counts.
         config: geometry, view and limits.
         workers: decoding threads.
@@ -252,7 +256,8 @@ def score_all(
         DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
     """
     view = selector.view if selector else 64
-    signatures = {group: signature(selector, indices, config) for group, indices in columns.items()}
+    signatures = {group: signature(selector, method, indices, config) for group, indices in columns.items()}
+    sources = max(1, config.batch // max(1, method.looks))  # a batch
     batch: list[tuple[Located, _Glance]] = []
     judged = Judged(config.max_bad)
     last_commit = time.monotonic()
@@ -260,7 +265,7 @@ def score_all(
     def flush() -> None:
         nonlocal last_commit
         if batch:
-            store.put(_look(batch, selector, columns, signatures, store.run, config))
+            store.put(_look(batch, selector, columns, signatures, store.run, config, max(1, method.looks) * sources))
             progress(len(batch))
             batch.clear()
         if time.monotonic() - last_commit > 2.0:
@@ -278,7 +283,7 @@ def score_all(
 
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         for located, outcome in _ahead(
-            pool, new_sources(), lambda s: _glance(s, view, config), 4 * workers + config.batch
+            pool, new_sources(), lambda s: _glance(s, view, method, config), 4 * workers + config.batch
         ):
             if isinstance(outcome, str):
                 store.put([_columns_of(located, signatures, store.run, None, 0.0, 0.0, (0, 0), outcome)])
@@ -287,14 +292,14 @@ def score_all(
                 continue
             judged.add(located.source, "")
             batch.append((located, outcome))
-            if len(batch) == config.batch:
+            if len(batch) == sources:
                 flush()
     flush()
     store.commit()
     judged.end()
 
 
-def signature(selector: Selector | None, columns: Sequence[int], config: BuildConfig) -> str:
+def signature(selector: Selector | None, method: Method, columns: Sequence[int], config: SetConfig) -> str:
     """What a stored score depends on besides the picture; scores with another signature are computed anew."""
     content: list[object] = [_VERSION, config.geometry, config.max_pixels]
     if selector is not None:
@@ -307,6 +312,8 @@ def signature(selector: Selector | None, columns: Sequence[int], config: BuildCo
             selector.precision,
         ]
         content += [config.side_ratio, config.confidence, list(columns)]
+    if method.looks:
+        content += [method.looks, REALISM_LEAST, config.seed]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -326,13 +333,14 @@ def view_pixels(picture: Image, view: int, geometry: str) -> Image:
     return resize(picture, view, view)
 
 
-def _glance(located: Located, view: int, config: BuildConfig) -> _Glance | str:
+def _glance(located: Located, view: int, method: Method, config: SetConfig) -> _Glance | str:
     """Read, hash, decode and shrink one source; a string is the reason why it cannot be used."""
     if located.problem:
         return located.problem
     try:
         data = located.read()
-        picture, width, height = decode(data, view, config.max_pixels)
+        least = math.ceil(view / math.sqrt(REALISM_LEAST)) if method.looks else view  # the smallest crop fills a view
+        picture, width, height = decode(data, least, config.max_pixels)
     except BadImage as error:
         return str(error)
     except OSError as error:
@@ -340,7 +348,19 @@ def _glance(located: Located, view: int, config: BuildConfig) -> _Glance | str:
     except MemoryError:
         return "too large for the memory"
     pixels = view_pixels(picture, view, config.geometry)
-    return _Glance(hashlib.sha256(data).digest(), width, height, pixels, difference_hash(pixels))
+    digest = hashlib.sha256(data)
+    crops = method.look_crops(width, height, digest.hexdigest(), config)
+    views = tuple(_crop_pixels(picture, width, crop, view) for crop in crops) or (pixels,)
+    return _Glance(digest.digest(), width, height, views, difference_hash(pixels))
+
+
+def _crop_pixels(picture: Image, width: int, crop: Crop, view: int) -> Image:
+    """A square of a source, from its picture that may have been decoded at reduced size, at view x view px."""
+    scale = picture.shape[1] / width
+    side = max(1, min(round_half_up(crop.side * scale), *picture.shape[:2]))
+    x = min(round_half_up(crop.x * scale), picture.shape[1] - side)
+    y = min(round_half_up(crop.y * scale), picture.shape[0] - side)
+    return resize(picture[y : y + side, x : x + side], view, view)
 
 
 def _look(
@@ -349,23 +369,35 @@ def _look(
     columns: Mapping[str, Sequence[int]],
     signatures: Mapping[str, str],
     run: int,
-    config: BuildConfig,
+    config: SetConfig,
+    size: int,
 ) -> list[tuple[object, ...]]:
-    """One batch through the ViT, at a fixed batch shape: a ViT at batch 1 and 32 differs in the seventh digit."""
+    """One batch through the ViT, at a fixed batch shape: a ViT at batch 1 and 32 differs in the seventh digit.
+
+    Of several looks at one source the one with the largest p counts, the first of equals; `corner` then holds its
+    number.
+    """
     n = len(batch)
     p = np.zeros(n)
     share = np.zeros(n)
     corner: NDArray[np.int64] = np.zeros((n, 2), np.int64)
     if selector is not None:
-        pixels = np.zeros((config.batch, selector.view, selector.view, 3), np.uint8)
-        pixels[:n] = np.stack([glance.view for _, glance in batch])
+        views = [view for _, glance in batch for view in glance.views]
+        pixels = np.zeros((size, selector.view, selector.view, 3), np.uint8)
+        pixels[: len(views)] = np.stack(views)
         probabilities, attention = selector(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
-        share_t, corner_t = best_windows(attention[:n], window_side(selector.grid, config.side_ratio))
-        share, corner = share_t.double().numpy(), corner_t.numpy()
-        table = probabilities[:n].double().numpy()
-        for i, (located, _) in enumerate(batch):
+        share_t, corner_t = best_windows(attention[: len(views)], window_side(selector.grid, config.side_ratio))
+        shares, corners = share_t.double().numpy(), corner_t.numpy()
+        table = probabilities[: len(views)].double().numpy()
+        first = 0
+        for i, (located, glance) in enumerate(batch):
             own = columns[located.source.group]
-            p[i] = table[i].max() if config.confidence == "max" or not own else table[i, list(own)].sum()
+            rows = table[first : first + len(glance.views)]
+            each = rows.max(axis=1) if config.confidence == "max" or not own else rows[:, list(own)].sum(axis=1)
+            best = int(np.round(each, 4).argmax())
+            p[i], share[i] = each[best], shares[first + best]
+            corner[i] = corners[first] if len(rows) == 1 else (best, 0)
+            first += len(rows)
     return [
         _columns_of(
             located,

@@ -149,11 +149,10 @@ def write_set(folder: Path, count: int = 10, size: int = 96, seed: int = 0) -> P
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
         labels = "".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in rows).encode()
         files = {"images": encoded, "labels": labels, "soft": b"not read by the training"}
-        hashes = {}
-        for part, data in files.items():
-            detset.part_path(folder, part, item_id).write_bytes(data)
-            hashes[part] = hashlib.sha256(data).hexdigest()
+        hashes = {part: hashlib.sha256(data).hexdigest() for part, data in files.items()}
         item = detset.Item(item_id, name, i % len(NAMES), name, i, i, i, (), len(rows), hashes)
+        for part, data in files.items():
+            detset.part_path(folder, part, item).write_bytes(data)
         lines.append(item.line())
     (folder / "manifest.jsonl").write_text("".join(lines))
     (folder / "data.yaml").write_bytes(detset.data_yaml(NAMES))

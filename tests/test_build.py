@@ -101,11 +101,11 @@ def test_a_set_is_what_its_records_say(made: Path) -> None:
          "manifest.jsonl", "quarantine.jsonl", "soft"]
     )  # fmt: skip
     for item in items:
-        picture = cv2.imread(str(detset.part_path(made, "images", item.id)))
+        picture = cv2.imread(str(detset.part_path(made, "images", item)))
         assert picture.shape == (96, 96, 3)
         assert sorted(c.kind for c in item.cells) == ["background", "key", "key", "key"]
-        soft = read_soft(detset.part_path(made, "soft", item.id))
-        table = parse_rows(detset.part_path(made, "labels", item.id).read_text(), 3)
+        soft = read_soft(detset.part_path(made, "soft", item))
+        table = parse_rows(detset.part_path(made, "labels", item).read_text(), 3)
         assert len(table) == item.boxes == len(soft["conf"]) == len(soft["scores"])
         own = soft["scores"][np.arange(len(table)), table[:, 0].astype(int)]
         np.testing.assert_array_equal(own, soft["conf"])
@@ -119,7 +119,7 @@ def test_no_source_is_used_twice(made: Path) -> None:
 
 def test_a_composite_shows_the_crops_it_names(made: Path, bench: Path) -> None:
     for item in read_manifest(made):
-        whole = cv2.imread(str(detset.part_path(made, "images", item.id))).astype(int)
+        whole = cv2.imread(str(detset.part_path(made, "images", item))).astype(int)
         for position, cell in enumerate(item.cells):
             source = cv2.imread(str(bench / "sources" / cell.path))
             assert (source.shape[1], source.shape[0]) == (cell.width, cell.height)
@@ -263,7 +263,7 @@ def test_a_teacher_that_finds_nothing(bench: Path, tmp_path: Path) -> None:
         make(bench, tmp_path / "none", conf=0.9999)
     kept = make(bench, tmp_path / "kept", conf=0.9999, empty="keep")
     assert [item.boxes for item in read_manifest(kept)] == [0] * 6
-    assert all(detset.part_path(kept, "labels", i.id).read_bytes() == b"" for i in read_manifest(kept))
+    assert all(detset.part_path(kept, "labels", i).read_bytes() == b"" for i in read_manifest(kept))
     assert verify(kept) == []
 
 
@@ -389,8 +389,8 @@ def test_a_real_set(assets: Path, tmp_path: Path) -> None:
 
 def test_carried_boxes_by_hand() -> None:
     """label_on=source: a key patch in the upper left cell and a letterboxed background in the lower right one."""
-    from focusdd_det.composites import _carried, _Draft
     from focusdd_det.detset import Cell
+    from focusdd_det.labelling import Look, TeacherBoxes
     from focusdd_det.types import Detections
 
     def cell(kind: str, crop: tuple[int, int, int] | None) -> Cell:
@@ -402,14 +402,14 @@ def test_carried_boxes_by_hand() -> None:
         )
 
     cells = (cell("key", (100, 0, 50)), cell("key", (0, 0, 100)), cell("key", (0, 0, 100)), cell("background", None))
-    frame = (0.5, 0, 25)  # 200 x 100 px shown to the teacher in 100 x 100: half size, 25 px of border above
-    draft = _Draft(0, 0, cells, b"", (), (frame,) * 4)
+    # 200 x 100 px shown to the teacher in 100 x 100: half size, 25 px of border above
+    look = Look(np.zeros((100, 100, 3), np.uint8), 0.5, 0, 25)
     nothing = Detections.none(3)
     # On the source both boxes are 110..140 x 10..30.
     found = [seen(55, 30, 70, 40), nothing, nothing, seen(55, 30, 70, 40)]
     squares = [(0.0, 0.0, 100.0), (100.0, 0.0, 100.0), (0.0, 100.0, 100.0), (100.0, 100.0, 100.0)]
     config = load_config(label_on="source", image_size=200, sources=["x"])
-    joined = _carried(config, draft, found, squares, 3)
+    joined = TeacherBoxes(config, None, 3)._carried([look] * 4, cells, found, squares)
     # Key: (110 - 100) * 2 = 20 .. 80, 20 .. 60. Background: scale 0.5, border 25: 100 + 55 .. 170, 100 + 25 + 5 .. 140.
     np.testing.assert_allclose(joined.boxes, [[20, 20, 80, 60], [155, 130, 170, 140]], atol=1e-4)
 

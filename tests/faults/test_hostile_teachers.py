@@ -41,7 +41,7 @@ def sides(index: int) -> Callable[[Any], None]:
 
 
 def labels(folder: Path) -> list[Any]:
-    return [parse_rows(part_path(folder, "labels", i.id).read_text(), len(NAMES)) for i in read_manifest(folder)]
+    return [parse_rows(part_path(folder, "labels", i).read_text(), len(NAMES)) for i in read_manifest(folder)]
 
 
 def test_a_teacher_that_finds_nothing(workshop: Workshop, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_teacher_with_ten_thousand_boxes(workshop: Workshop, tmp_path: Path, l
     (rows,) = labels(folder)
     assert len(rows) == 300 if limit == 300 else len(rows) > 10_000
     (item,) = read_manifest(folder)
-    assert len(read_soft(part_path(folder, "soft", item.id))["scores"]) == len(rows) == item.boxes
+    assert len(read_soft(part_path(folder, "soft", item))["scores"]) == len(rows) == item.boxes
     assert verify(folder) == []
 
 
