@@ -28,6 +28,9 @@ VERBATIM = (
     "name",
     "project",
     "teacher",
+    "teacher_weights",
+    "store",
+    "weights",
     "eval_data",
     "eval_annotations",
     "annotations",
@@ -74,7 +77,7 @@ def train(argv: Sequence[str]) -> int:
         DataError, WeightsError, VerifyError: as the trainer.
         Interrupted: stopped by the user, with the command that goes on.
     """
-    if _wants_help(argv):
+    if wants_help(argv):
         print(TRAIN_USAGE + "\n" + describe(SHIPPED))
         return 0
     given = parse(argv, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys()), "dry_run": False})
@@ -101,7 +104,7 @@ def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
     file = given.get("cfg")
     own = read_yaml(Path(str(file))) if file else {}
-    _refuse_unknown(own, _train_keys(), f"{file}: ")
+    refuse_unknown(own, _train_keys(), f"{file}: ")
     asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
     if asked.get("resume"):
         if asked["resume"] is True and str(asked.get("model") or "").endswith(".pt"):
@@ -113,7 +116,7 @@ def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
 def plan(overrides: Mapping[str, Any]) -> str:
     """What a training would do, after every check that needs no training. Writes nothing."""
     if overrides.get("resume"):
-        return f"resume {overrides['resume']} with {_listed({k: v for k, v in overrides.items() if k != 'resume'})}"
+        return f"resume {overrides['resume']} with {listed({k: v for k, v in overrides.items() if k != 'resume'})}"
     options = Options.of(overrides)
     data = resolve_data(overrides.get("data"))
     names = load_yolo_data(data.yaml, "train")["names"]
@@ -131,7 +134,7 @@ def plan(overrides: Mapping[str, Any]) -> str:
         k: v for k, v in dataclasses.asdict(options).items() if k not in ("teacher", "eval_data", "eval_annotations")
     }
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
-    return "\n".join([*lines, f"supervision   {_listed(ours)}", f"ultralytics   {_listed(stock)}"])
+    return "\n".join([*lines, f"supervision   {listed(ours)}", f"ultralytics   {listed(stock)}"])
 
 
 def val_coco(argv: Sequence[str]) -> int:
@@ -140,7 +143,7 @@ def val_coco(argv: Sequence[str]) -> int:
     Raises:
         ConfigError, DataError, WeightsError: as `coco_eval.evaluate`.
     """
-    if _wants_help(argv):
+    if wants_help(argv):
         print(VAL_USAGE)
         return 0
     defaults = {
@@ -217,7 +220,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         token = tokens.pop(0)
         key, equals, value = token.lstrip("-").partition("=") if token.startswith("--") else token.partition("=")
         key = key.strip().replace("-", "_")
-        if key in ("detect", "train", "val") and not equals and not token.startswith("--"):
+        if key in ("detect", "classify", "train", "val") and not equals and not token.startswith("--"):
             continue  # `yolo detect train ...` by habit
         if key not in known:
             unknown.append(key)
@@ -289,7 +292,8 @@ def _train_keys() -> dict[str, Any]:
     return {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """ConfigError with all keys of `values` that are not `known`, each with its suggestion."""
     unknown = [str(key) for key in values if key not in known]
     if unknown:
         raise ConfigError("\n".join(f"{where}unknown option `{key}`{nearest(key, known)}" for key in unknown))
@@ -299,13 +303,23 @@ def _check_values(overrides: Mapping[str, Any]) -> None:
     """Wrong types and ranges of either kind, before anything is written."""
     if not overrides.get("resume"):
         Options.of(overrides)
+    check_stock(overrides, "detect")
+
+
+def check_stock(overrides: Mapping[str, Any], task: str) -> None:
+    """Ultralytics' own types and ranges.
+
+    Raises:
+        ConfigError: what Ultralytics refuses, or another task or mode.
+    """
     stock = {key: value for key, value in overrides.items() if key in DEFAULT_CFG_DICT}
     try:
         get_cfg(overrides=stock)
     except (TypeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"Ultralytics refuses the arguments: {error}") from error
-    if stock.get("task", "detect") != "detect" or stock.get("mode", "train") != "train":
-        raise ConfigError("this trains detectors: leave out task= and mode=, or use `yolo` for the other ones")
+    if stock.get("task", task) != task or stock.get("mode", "train") != "train":
+        what = {"detect": "detectors", "classify": "classifiers"}[task]
+        raise ConfigError(f"this trains {what}: leave out task= and mode=, or use `yolo` for the other ones")
 
 
 def _expect(options: Mapping[str, Any], key: str, kind: type) -> None:
@@ -323,9 +337,11 @@ def _names(value: Any) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(map(str, value))
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def listed(values: Mapping[str, Any]) -> str:
+    """`key=value key=value`."""
     return " ".join(f"{key}={value}" for key, value in values.items()) or "nothing else"
 
 
-def _wants_help(argv: Sequence[str]) -> bool:
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a help is asked for."""
     return any(word in ("-h", "--help", "help") for word in argv)

@@ -137,6 +137,20 @@ def load(weights: Path) -> ResumeState | None:
     Raises:
         WeightsError: the file is damaged or of another format.
     """
+    return _read(weights, tensors=True)
+
+
+def load_counters(weights: Path) -> dict[str, Any] | None:
+    """Only the counters of the state in a run's weights folder, or None if there is none.
+
+    Raises:
+        WeightsError: the file is damaged or of another format.
+    """
+    state = _read(weights, tensors=False)
+    return None if state is None else state.counters
+
+
+def _read(weights: Path, *, tensors: bool) -> ResumeState | None:
     file = weights / TENSORS
     if not file.is_file():
         return None
@@ -144,12 +158,13 @@ def load(weights: Path) -> ResumeState | None:
     try:
         with safe_open(file, framework="pt", device="cpu") as archive:
             counters = json.loads((archive.metadata() or {})[_KEY])
-            tensors = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118
+            names = archive.keys() if tensors else ()
+            found = {name: archive.get_tensor(name) for name in names}
     except Exception as error:  # the reader's own error type is not part of its public names
         raise WeightsError(f"{file} is damaged ({error}); {way_on}") from error
     if counters.get("format") != FORMAT:
         raise WeightsError(f"{file} has format {counters.get('format')}, expected {FORMAT}; {way_on}")
-    return ResumeState(tensors, counters)
+    return ResumeState(found, counters)
 
 
 def remove(weights: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,19 +14,48 @@ from ultralytics.utils import LOGGER
 from focusdd_det.losses import ONE2MANY
 
 
+def detector_scores(raw: Any) -> Tensor:
+    """Class probabilities from a detector's output in eval mode."""
+    heads = raw[1]
+    scores: Tensor = heads.get(ONE2MANY, heads)["scores"]
+    return scores.float().sigmoid()
+
+
+def class_scores(raw: Any) -> Tensor:
+    """Class probabilities from a classifier's output in eval mode: logits, or Ultralytics' pair that ends with them."""
+    logits: Tensor = raw[-1] if isinstance(raw, (list, tuple)) else raw
+    return logits.float().softmax(dim=1)
+
+
 @contextlib.contextmanager
-def local_amp_check() -> Iterator[None]:
-    """Ultralytics checks mixed precision with a model that it downloads; this checks with the student."""
+def local_amp_check(scores: Callable[[Any], Tensor] = detector_scores, size: int = 256) -> Iterator[None]:
+    """Ultralytics checks mixed precision with a model that it downloads; this checks with the student.
+
+    Args:
+        scores: what of the student's output is compared, in [0, 1].
+        size: side of the pictures that it is tried on.
+    """
     before = engine.check_amp
-    engine.check_amp = amp_is_sound
+    engine.check_amp = lambda model: amp_is_sound(model, scores, size)
     try:
         yield
     finally:
         engine.check_amp = before
 
 
+@contextlib.contextmanager
+def bf16_on_cpu() -> Iterator[None]:
+    """Ultralytics' training step has no mixed precision on a CPU; inside, its autocast is bfloat16."""
+    before = engine.autocast
+    engine.autocast = lambda *_args, **_kwargs: torch.autocast("cpu", dtype=torch.bfloat16)
+    try:
+        yield
+    finally:
+        engine.autocast = before
+
+
 @torch.no_grad()
-def amp_is_sound(model: nn.Module) -> bool:
+def amp_is_sound(model: nn.Module, scores: Callable[[Any], Tensor] = detector_scores, size: int = 256) -> bool:
     """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU."""
     parameter = next(model.parameters())
     if parameter.device.type != "cuda":
@@ -34,17 +63,12 @@ def amp_is_sound(model: nn.Module) -> bool:
     training = model.training
     model.eval()
     generator = torch.Generator(parameter.device).manual_seed(0)
-    x = torch.rand(2, 3, 256, 256, device=parameter.device, generator=generator)
-    full = _scores(model(x)[1])
+    x = torch.rand(2, 3, size, size, device=parameter.device, generator=generator)
+    full = scores(model(x))
     with torch.autocast("cuda", dtype=torch.float16):
-        half = _scores(model(x)[1])
+        half = scores(model(x))
     model.train(training)
     sound = bool(torch.isfinite(half).all()) and torch.allclose(full, half, atol=0.05)
     if not sound:
         LOGGER.warning("mixed precision is not sound on this GPU; training in float32")
     return sound
-
-
-def _scores(raw: dict[str, Any]) -> Tensor:
-    scores: Tensor = raw.get(ONE2MANY, raw)["scores"]
-    return scores.float().sigmoid()

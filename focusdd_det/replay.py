@@ -165,14 +165,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.next_epoch
         self.next_epoch += 1
-        order = list(range(self.length))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, -1) >> 1)
-            order = torch.randperm(self.length, generator=generator).tolist()
+        order = self.order(epoch)
         total = len(self) * self.world
         order = (order * math.ceil(total / max(1, self.length)))[:total]
         for index in order[self.rank : total : self.world]:
             yield epoch, index
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices of an epoch in their order, of all processes together."""
+        if not self.shuffle:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, -1) >> 1)
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Ultralytics under DDP. Passes are counted here, because workers fetch ahead."""
@@ -185,7 +190,7 @@ def rewind(loader: Any, epoch: int) -> None:
 
 
 def replay_loader(
-    dataset: ReplayDataset,
+    dataset: Any,
     batch: int,
     workers: int,
     *,
@@ -195,16 +200,20 @@ def replay_loader(
     world: int = 1,
     drop_last: bool = False,
     pin_memory: bool = False,
+    sampler: EpochSampler | None = None,
 ) -> InfiniteDataLoader:
     """Ultralytics' endless loader over an `EpochSampler`.
 
     Args:
+        dataset: takes (epoch, index) and has a collate_fn, as `ReplayDataset`.
         batch: pictures per batch on this process.
         workers: processes that load; the pixels do not depend on it. A single batch is loaded in this
             process.
         rank: of this process; -1 without DDP.
+        sampler: instead of one over the whole data set.
     """
-    sampler = EpochSampler(len(dataset), seed, shuffle, max(rank, 0), world if rank >= 0 else 1)
+    if sampler is None:
+        sampler = EpochSampler(len(dataset), seed, shuffle, max(rank, 0), world if rank >= 0 else 1)
     size = min(batch, len(sampler))
     drop_last = drop_last and len(sampler) > size and len(sampler) % size != 0
     batches = len(sampler) // size if drop_last else math.ceil(len(sampler) / size)

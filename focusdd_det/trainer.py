@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from copy import copy
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_m
 
 from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.detset import write_atomic
-from focusdd_det.errors import DISK_FULL, ConfigError, DataError, DiskError, FocusDDError, VerifyError, WeightsError
+from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.precision import local_amp_check
 from focusdd_det.replay import CleanDataset, ReplayDataset, replay_loader, rewind
 from focusdd_det.run_files import (
@@ -37,6 +36,7 @@ from focusdd_det.run_files import (
     resumable_args,
     strip,
 )
+from focusdd_det.run_guard import guarded
 from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
 from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
 from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
@@ -319,42 +319,10 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 "checkpoint again, or train with amp=False"
             )
 
-    # ---- what ends a run ----
-
     def _do_train(self) -> None:
-        """Ultralytics' loop; what breaks from outside ends it with what broke and how to go on.
-
-        Raises:
-            DiskError: a full disk.
-            DataError: a picture of the data disappeared.
-            FocusDDError: a data-loading process died.
-        """
-        try:
+        """Ultralytics' loop; see run_guard for what ends it from outside."""
+        with guarded(self):
             super()._do_train()
-        except DiskError as error:
-            raise DiskError(f"{error.__cause__ or error}: the run folder cannot be written. {self._go_on()}") from error
-        except (OSError, EOFError, RuntimeError) as error:  # a dead process shows as any of them
-            if dead := self._dead_workers():
-                raise FocusDDError(
-                    f"{' and '.join(dead)} died (the system kills processes when memory runs out: try "
-                    f"workers={self.args.workers // 2}). {self._go_on()}"
-                ) from error
-            if "Image Not Found" in str(error):
-                told = str(error).strip().splitlines()[-1]
-                raise DataError(f"{told}: a picture was taken away. {self._go_on()}") from error
-            if not isinstance(error, OSError) or error.errno not in DISK_FULL:
-                raise
-            raise DiskError(f"{error}: the run folder cannot be written. {self._go_on()}") from error
-
-    def _dead_workers(self) -> list[str]:
-        workers = getattr(getattr(getattr(self, "train_loader", None), "iterator", None), "_workers", ())
-        wait([w.sentinel for w in workers], timeout=2)  # its connection breaks a moment before it is gone
-        return [f"picture-loading process {w.pid} (exit code {w.exitcode})" for w in workers if w.exitcode]
-
-    def _go_on(self) -> str:
-        if Path(self.last).is_file():
-            return f"When that is mended, go on with resume={self.last}"
-        return "No epoch was finished: when that is mended, give the same command again"
 
     # ---- exact resume ----
 
