@@ -130,8 +130,11 @@ class Classifier(nn.Module):
         self.transforms: Any = None
         self.criterion: Any = None
 
-    def forward(self, x: Any) -> Any:
-        """Logits [B, classes] of pixels [B, 3, H, W] in [0, 1]; of a batch (dict), the loss."""
+    def forward(self, x: Any, augment: bool = False) -> Any:
+        """Logits [B, classes] of pixels [B, 3, H, W] in [0, 1]; of a batch (dict), the loss.
+
+        Ultralytics' validator passes `augment`; there is no test-time augmentation here.
+        """
         if isinstance(x, dict):
             return self.loss(x)
         return self.net((x - self.mean) / self.std)
@@ -294,7 +297,7 @@ def _resolve(name: str) -> tuple[Library, str]:
         return "torchvision", name
     arch = name.removeprefix("timm:")
     if not timm.is_model(arch.split(".")[0]):
-        near = suggest(arch.split(".")[0], [*TORCHVISION, *timm.list_models()])
+        near = suggest(arch.split(".")[0], sorted({*TORCHVISION, *timm.list_models()}))
         raise WeightsError(
             f"no classifier is called {name}{near or '; timm.list_models() lists the names'}; expected one of "
             f"{', '.join(TORCHVISION)}, any name of timm's, or the .json of a trained classifier"
