@@ -1,0 +1,125 @@
+"""What `model=` and `weights=` mean: the student, with the weights that it starts from. Nothing is unpickled freely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from ultralytics.nn.tasks import ClassificationModel, guess_model_task, yaml_model_load
+from ultralytics.utils import LOGGER
+from ultralytics.utils.checks import check_model_file_from_stem
+
+from focusdd_det.classify.nets import Classifier, Net, load_weights, make_net, net_of_spec, outputs_in, read_spec
+from focusdd_det.errors import ConfigError, WeightsError
+from focusdd_det.replay import seeded
+from focusdd_det.seeds import seed_of
+from focusdd_det.selector import read_state
+from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
+
+OWN_WEIGHTS = "imagenet"  # weights=imagenet: those that the library publishes
+
+
+def make_student(
+    model: Any,
+    names: Sequence[str],
+    size: int,
+    *,
+    weights: str | None = None,
+    download: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """The student on the CPU, in float32. Its random weights depend on `seed` alone.
+
+    Args:
+        model: torchvision or timm name, spec .json (with its weights, if it names any), a classification YAML of
+            Ultralytics, or one of its -cls.pt checkpoints (with its weights).
+        names: class names in output order.
+        size: side of the pictures, px.
+        weights: start from these: .safetensors, .pth or spec .json; for a YOLO student a -cls.pt; `imagenet` for those
+            that the library publishes (`download`).
+
+    Returns:
+        A `Classifier`, or a stock ClassificationModel of Ultralytics.
+
+    Raises:
+        ConfigError: `model` names nothing that can be trained.
+        WeightsError: an unknown name, or weights that are missing, damaged, unsafe or do not fit.
+    """
+    if not model:
+        raise ConfigError("model= is missing; e.g. model=resnet18, or model=yolo11n-cls.yaml")
+    name = str(check_model_file_from_stem(str(model)))
+    with seeded(seed_of("student", seed)):
+        if Path(name).suffix in (".yaml", ".yml", ".pt"):
+            return _yolo(name, names, weights, download)
+        return Classifier(_library(name, len(names), size, weights, download), names)
+
+
+def _library(name: str, classes: int, size: int, weights: str | None, download: bool) -> Net:
+    if weights == OWN_WEIGHTS and not download:
+        raise WeightsError(
+            f"weights={OWN_WEIGHTS} are those that the library publishes: add download=True to fetch them"
+        )
+    start = Path(weights) if weights and weights != OWN_WEIGHTS else None
+    if Path(name).suffix == ".json":
+        spec = read_spec(Path(name))
+        if weights == OWN_WEIGHTS:
+            raise WeightsError(f"weights={OWN_WEIGHTS} goes with a name as model=, not with {name}")
+        net = net_of_spec(spec, classes, size)
+        start = start or spec.weights
+    else:
+        net = make_net(name, classes, size, download=weights == OWN_WEIGHTS)
+    if start is None:
+        return net
+    if start.suffix == ".json":
+        named = read_spec(start).weights
+        if named is None:
+            raise WeightsError(f"weights={start} names no weights; expected a spec with a `weights` entry")
+        start = named
+    had = outputs_in(net, read_state(start)[0])
+    load_weights(net, start, head=had == classes)
+    new_head = "" if had == classes else f"; its last layer was for {had} classes, the one for {classes} is new"
+    LOGGER.info(f"the student starts from {start}{new_head}")
+    return net
+
+
+def _yolo(name: str, names: Sequence[str], weights: str | None, download: bool) -> ClassificationModel:
+    start: ClassificationModel | None = None
+    cfg: Any = name
+    if Path(name).suffix == ".pt":
+        start = _checkpoint(name, download)
+        cfg = start.yaml
+    if weights is not None:
+        if Path(weights).suffix != ".pt":
+            raise WeightsError(f"weights={weights}: a YOLO student starts from a -cls.pt checkpoint of Ultralytics")
+        start = _checkpoint(weights, download)
+    try:
+        task = "classify" if isinstance(cfg, dict) else guess_model_task(yaml_model_load(cfg))
+    except FileNotFoundError as error:
+        raise ConfigError(f"model={name}: no such YAML here or in Ultralytics; e.g. yolo11n-cls.yaml") from error
+    if task != "classify":
+        raise ConfigError(f"model={name} is a model for {task}; expected a classifier such as yolo11n-cls.yaml")
+    try:
+        with safe_ultralytics():
+            model = ClassificationModel(cfg, nc=len(names), ch=3, verbose=False)
+    except Exception as error:  # a model's YAML reaches us as whatever the builder trips over
+        raise ConfigError(f"model={name}: no model can be built from it ({type(error).__name__}: {error})") from error
+    if start is not None:
+        model.load(start)  # tensors of the same shape; says how many
+        if len(start.names) != len(names):
+            LOGGER.info(f"its last layer was for {len(start.names)} classes, the one for {len(names)} is new")
+    model.names = dict(enumerate(names))
+    return model
+
+
+def _checkpoint(name: str, download: bool) -> ClassificationModel:
+    file = resolve_weights(name, download)
+    checkpoint = safe_read(file)
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, ClassificationModel):
+        raise WeightsError(
+            f"{file} holds {type(model).__name__}, expected a classification model of Ultralytics; a torchvision or "
+            "timm student is given by the .json beside its .pt"
+        )
+    return model.float()

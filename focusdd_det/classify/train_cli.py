@@ -1,0 +1,107 @@
+"""`focusdd classify train`: command line -> options, with every key of Ultralytics beside ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
+
+from focusdd_det.classify.options import Options
+from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown, wants_help
+from focusdd_det.errors import Interrupted
+
+SHIPPED = "train_cls.yaml"
+
+TRAIN_USAGE = """Train a classifier on a distilled set with a teacher's soft labels, and measure it on real pictures.
+
+  python tools/train_cls.py model=resnet18 data=datasets/in10 store=datasets/in10-labels eval_data=imagenet
+  python tools/train_cls.py --model resnet18 --data datasets/in10 --teacher resnet18 --teacher-weights resnet18.pth \\
+      --eval-data imagenet --epochs 300
+  python tools/train_cls.py model=yolo11n-cls.yaml data=datasets/in10 labels=hard eval_data=imagenet/val
+  python tools/train_cls.py model=resnet18 weights=runs/classify/train/weights/last.json data=imagenet \\
+      teacher=resnet18 teacher_weights=resnet18.pth subset_ipc=10 epochs=50 batch=64 lr0=2.5e-4 eval_data=imagenet      (fine-tuning)
+  python tools/train_cls.py resume=runs/classify/train
+  python tools/train_cls.py data=datasets/in10 store=datasets/in10-labels eval_data=none --dry-run
+
+`key=value` or `--key value`; every key of `yolo classify train` and those below. --dry-run prints the plan and stops.
+"""
+
+
+def train(argv: Sequence[str]) -> int:
+    """`focusdd classify train`, tools/train_cls.py.
+
+    Raises:
+        ConfigError: unknown keys (with suggestions) or wrong values.
+        DataError, WeightsError, VerifyError: as the trainer.
+        Interrupted: stopped by the user, with the command that goes on.
+    """
+    if wants_help(argv):
+        print(TRAIN_USAGE + "\n" + describe(SHIPPED))
+        return 0
+    given = parse(argv, {**_keys(), "dry_run": False})
+    dry_run = bool(given.pop("dry_run", False))
+    overrides = train_overrides(given)
+    if not overrides.get("resume"):
+        Options.of(overrides)
+    check_stock(overrides, "classify")
+    if dry_run:
+        print(plan(overrides))
+        return 0
+    from focusdd_det.classify.trainer import FocusDDClassificationTrainer
+
+    trainer = FocusDDClassificationTrainer(overrides=overrides)
+    try:
+        trainer.train()
+    except KeyboardInterrupt as error:
+        last = Path(trainer.last)
+        again = f"python tools/train_cls.py resume={last}" if last.is_file() else "the same command"
+        raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
+    LOGGER.info(f"run folder: {trainer.save_dir}")
+    return 0
+
+
+def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
+    file = given.get("cfg")
+    own = read_yaml(Path(str(file))) if file else {}
+    refuse_unknown(own, _keys(), f"{file}: ")
+    asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
+    return asked if asked.get("resume") else {**read_yaml(cfg_dir() / SHIPPED), **asked}
+
+
+def plan(overrides: Mapping[str, Any]) -> str:
+    """What a training would do, after every check that needs no network to be built. Writes nothing."""
+    if overrides.get("resume"):
+        return f"resume {overrides['resume']} with {listed({k: v for k, v in overrides.items() if k != 'resume'})}"
+    from focusdd_det.classify.classset import read_class_set
+
+    options = Options.of(overrides)
+    data = read_class_set(str(overrides.get("data")), "train")
+    lines = [
+        f"model         {overrides.get('model')}",
+        f"data          {data.folder}: {len(data)} pictures of {len(data.names)} classes (sha256 {data.sha256[:12]})",
+    ]
+    if options.labels == "store":
+        lines.append(f"labels        of {options.store}")
+    elif options.labels == "live":
+        lines.append(f"labels        of {options.teacher} {options.teacher_weights or ''}, asked during the training")
+    else:
+        lines.append("labels        the class folders")
+    if options.eval_data:
+        evaluation = read_class_set(options.eval_data, "val")
+        lines.append(f"evaluated on  {evaluation.folder}: {len(evaluation)} pictures")
+    else:
+        lines.append("evaluated on  nothing (eval_data=none): no accuracy will be quoted")
+    lines.append(f"every         {options.interval(int(overrides['epochs']))} epochs: measured and saved")
+    told = ("labels", "store", "teacher", "teacher_weights", "eval_data", "every")
+    ours = {key: value for key, value in dataclasses.asdict(options).items() if key not in told}
+    stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
+    return "\n".join([*lines, f"training      {listed(ours)}", f"ultralytics   {listed(stock)}"])
+
+
+def _keys() -> dict[str, Any]:
+    return {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}
