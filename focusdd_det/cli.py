@@ -199,10 +199,16 @@ def detect_command(argv: Sequence[str]) -> int | None:
 
 def classify_command(argv: Sequence[str]) -> int | None:
     """`focusdd classify build|relabel|train ...`."""
+    from focusdd_det.classify.export import export_command
     from focusdd_det.classify.relabel import relabel_command
     from focusdd_det.classify.train_cli import train
 
-    modes: dict[str, Command] = {"build": build_cls_command, "relabel": relabel_command, "train": train}
+    modes: dict[str, Command] = {
+        "build": build_cls_command,
+        "relabel": relabel_command,
+        "train": train,
+        "export": export_command,
+    }
     if not argv or argv[0] not in modes:
         raise ConfigError(f"focusdd classify: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
     return modes[argv[0]](argv[1:])
