@@ -43,8 +43,8 @@ def accuracy(
     """Measure a classifier.
 
     Args:
-        module: in eval mode; pixels [B, 3, size, size] float in [0, 1] on `device` -> logits [B, classes of the set], in
-            the set's order.
+        module: in eval mode; pixels [B, 3, size, size] float in [0, 1] on `device` -> logits [B, classes], the columns in
+            the order of the set's names.
         workers: decoding threads.
         progress: called with the number of pictures that were done.
 
@@ -65,8 +65,8 @@ def accuracy(
         logits = module(torch.stack(kept).to(device).float().div_(255)).float().cpu()
         if logits.shape != (len(kept), len(class_set.names)) or not bool(torch.isfinite(logits).all()):
             raise WeightsError(
-                f"the classifier gives outputs of shape {list(logits.shape)}, or some that are not finite; expected finite "
-                f"logits [{len(kept)}, {len(class_set.names)}]"
+                f"the classifier gives outputs of shape {list(logits.shape)}, or some that are not finite; expected "
+                f"finite logits [{len(kept)}, {len(class_set.names)}]"
             )
         best = logits.topk(min(5, logits.shape[1])).indices
         right = best == torch.from_numpy(class_set.classes[start:stop])[:, None]
