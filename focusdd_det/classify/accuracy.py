@@ -43,7 +43,7 @@ def accuracy(
     """Measure a classifier.
 
     Args:
-        module: in eval mode; pixels [B, 3, size, size] float in [0, 1] on `device` -> logits [B, classes], the columns in
+        module: in eval mode; pixels [B, 3, size, size] float in [0, 1] on `device` -> logits [B, classes], columns in
             the order of the set's names.
         workers: decoding threads.
         progress: called with the number of pictures that were done.

@@ -115,8 +115,8 @@ def load_classifier(
     if missing or not wanted:
         raise WeightsError(
             f"the teacher {name} does not know {len(missing)} of the {len(wanted)} classes: {_shown(missing)}.\n"
-            f"  asked for: {_shown(wanted)}\n  it knows: {_shown(own)}\nUse a teacher that was trained on these classes,"
-            " or rename the folders to its names"
+            f"  asked for: {_shown(wanted)}\n  it knows: {_shown(own)}\nUse a teacher that was trained on these "
+            "classes, or rename the folders to its names"
         )
     position = {known: i for i, known in enumerate(own)}
     order = [position[wish] for wish in wanted]
@@ -215,7 +215,7 @@ def _ultralytics(name: str, weights: str | None, download: bool) -> _Loaded:
 
 @lru_cache(maxsize=1)
 def _ultralytics_imagenet() -> tuple[str, ...]:
-    """The English names, two of them twice, by which Ultralytics' own ImageNet-1K checkpoints call the 1,000 synsets."""
+    """The English names, two of them twice, that the 1,000 synsets have in Ultralytics' own checkpoints."""
     names = read_yaml(Path(ultralytics.__file__).parent / "cfg" / "datasets" / "ImageNet.yaml")["names"]
     return tuple(str(names[i]) for i in range(len(names)))
 

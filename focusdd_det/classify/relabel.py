@@ -1,0 +1,458 @@
+"""Relabelling: draw every view of every epoch, ask the teacher once, keep what it says (as FKD does).
+
+result = relabel(load_config(data="datasets/focusdd_cls", teacher="resnet18", teacher_weights="resnet18.pth",
+                             eval_data="imagenet/val"))
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from focusdd_det import detset
+from focusdd_det.classify import store as logit_store
+from focusdd_det.classify.accuracy import Accuracy, accuracy
+from focusdd_det.classify.classset import ClassSet, read_class_set
+from focusdd_det.classify.store import LogitStore, StoreWriter
+from focusdd_det.classify.teacher import ClassTeacher, load_classifier
+from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, ahead
+from focusdd_det.config import as_plain, describe, load, parse_tokens
+from focusdd_det.errors import ConfigError, DiskError, VerifyError, WeightsError
+from focusdd_det.progress import progress_bar
+from focusdd_det.types import Image
+
+log = logging.getLogger("focusdd")
+
+LEAST_MASS = 0.90  # of softmax(t/T) that the top k must hold
+PILOT = 256  # views that the mass is measured on before anything is labelled
+PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python", "pillow", "numpy")
+NOT_MEASURED = "none"
+
+USAGE = """Store a teacher's logits for every view that a classifier will be trained on.
+
+  python tools/relabel_cls.py data=datasets/focusdd_cls teacher=resnet18 teacher_weights=r18.pth eval_data=imagenet/val
+  python tools/relabel_cls.py data=datasets/focusdd_cls teacher=my_teacher.json eval_data=my_val out=labels epochs=50
+  python tools/relabel_cls.py data=datasets/focusdd_cls teacher=my_teacher.json eval_data=none --dry-run    its size
+
+Every key of the list below as `key=value` or `--key value`. The same command goes on where it was stopped.
+--dry-run, --help.
+"""
+
+
+@dataclass(frozen=True)
+class RelabelConfig:
+    """What the relabelling is asked for; cfg/relabel_cls.yaml says what each key means."""
+
+    data: str | None
+    out: str | None
+    teacher: str | None
+    teacher_weights: str | None
+    eval_data: str | None
+    epochs: int
+    size: int
+    scale: tuple[float, ...]
+    flip: float
+    cutmix: float
+    seed: int
+    temperature: float
+    topk: int
+    batch: int
+    workers: int
+    device: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    overwrite: bool
+    download: bool
+
+    def __post_init__(self) -> None:
+        checks = [
+            (bool(self.data), "data", "a classification set or class folders"),
+            (bool(self.teacher), "teacher", "a torchvision or timm name, a .json, or a *-cls.pt"),
+            (bool(self.eval_data), "eval_data", f"class folders to measure the teacher on, or {NOT_MEASURED}"),
+            (self.epochs >= 1, "epochs", "at least 1"),
+            (len(self.scale) == 2, "scale", "two numbers, as scale=[0.08,1.0]"),
+            (self.temperature > 0, "temperature", "above 0"),
+            (self.topk >= 0, "topk", "at least 0 (0 keeps all logits)"),
+            (self.batch >= 1, "batch", "at least 1"),
+            (self.workers >= 0, "workers", "at least 0 (0 chooses)"),
+        ]
+        problems = [f"{key}={getattr(self, key)!r}: expected {text}" for ok, key, text in checks if not ok]
+        if problems:
+            raise ConfigError("the configuration is not valid:\n  " + "\n  ".join(problems))
+
+    @property
+    def views(self) -> ViewSettings:
+        """How the views are drawn."""
+        first, last = self.scale
+        return ViewSettings(self.size, (first, last), flip=self.flip, cutmix=self.cutmix, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class RelabelResult:
+    """What was made: the store's folder, its bytes, and the teacher's accuracy (None: not measured)."""
+
+    folder: Path
+    size: int
+    accuracy: dict[str, Any] | None
+
+
+def load_config(file: Path | None = None, **overrides: Any) -> RelabelConfig:
+    """A RelabelConfig from cfg/relabel_cls.yaml, a file of your own and overrides, the later one winning."""
+    return load(RelabelConfig, "relabel_cls.yaml", overrides, file, "the relabelling's configuration")
+
+
+def relabel_command(argv: Sequence[str]) -> int:
+    """`focusdd classify relabel`, tools/relabel_cls.py."""
+    if any(token in ("-h", "--help", "help") for token in argv):
+        print(USAGE + "\n" + describe("relabel_cls.yaml"))
+        return 0
+    hints = {**get_type_hints(RelabelConfig), "dry_run": bool, "config": str}
+    overrides = parse_tokens(argv, hints, {})
+    dry_run = overrides.pop("dry_run", False)
+    if not isinstance(dry_run, bool):
+        raise ConfigError(f"dry_run={dry_run!r}: expected true or false")
+    file = overrides.pop("config", None)
+    config = load(RelabelConfig, "relabel_cls.yaml", overrides, Path(str(file)) if file else None, "the command")
+    if dry_run:
+        print(estimate(config, read_class_set(str(config.data), "train")))
+        return 0
+    result = relabel(config)
+    print(f"{result.folder}: {config.epochs} epochs of views, {result.size / 1e6:.1f} MB")
+    print(f"next: python tools/train_cls.py data={config.data} store={result.folder} eval_data={config.eval_data}")
+    return 0
+
+
+def estimate(config: RelabelConfig, class_set: ClassSet) -> str:
+    """What would be made, and how large it is."""
+    pictures, classes = len(class_set), len(class_set.names)
+    kept = f"the top {config.topk} of {classes}" if config.topk else f"all {classes}"
+    size = config.epochs * logit_store.bytes_of_epoch(pictures, classes, config.topk)
+    return (
+        f"{pictures} pictures x {config.epochs} epochs = {pictures * config.epochs} views of {config.size} px, {kept} "
+        f"logits each: {size / 1e6:.1f} MB at {_out(config, class_set)}"
+    )
+
+
+def relabel(config: RelabelConfig) -> RelabelResult:
+    """Store the logits. One that was stopped goes on where it was when the same config is given again.
+
+    Raises:
+        ConfigError: a `topk` that keeps too little, another store at `out`.
+        DataError, VerifyError: pictures that cannot be used; a set, or a store at `out`, that is damaged.
+        WeightsError: a teacher that cannot be used; see `load_classifier`.
+        DiskError: too little space, no permission, a folder that is not ours, or that another process writes.
+    """
+    started = time.monotonic()
+    class_set = read_class_set(str(config.data), "train")
+    log.info("%s", estimate(config, class_set))
+    if config.topk > len(class_set.names):
+        raise ConfigError(f"topk={config.topk}: there are only {len(class_set.names)} classes; topk=0 keeps all")
+    out = _out(config, class_set)
+    work = out.with_name(out.name + detset.INCOMPLETE)
+    eval_set = None
+    if config.eval_data != NOT_MEASURED:
+        eval_set = read_class_set(str(config.eval_data), "val", class_set.names)
+    for target in (out, work):
+        detset.refuse_overlap(target, [class_set.folder, *([eval_set.folder] if eval_set else [])])
+    device = _device(config.device)
+    teacher = load_classifier(
+        str(config.teacher), config.teacher_weights, class_set.names, config.size, device, config.precision,
+        config.download,
+    )  # fmt: skip
+    description = _description(config, class_set, eval_set, teacher)
+    finished = _finished(out, description, config.overwrite)
+    if finished is not None:
+        log.info("%s is this store, complete and intact", out)
+        return finished
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
+    with detset.locked(work):
+        old = _begun(work, description, config.overwrite)
+        job = _Job(config, class_set, teacher, device)
+        description["accuracy"] = old["accuracy"] if old else _measure(job, eval_set)
+        description["mass"] = old["mass"] if old else job.mass()
+        writer = StoreWriter(work, description)
+        missing = writer.missing()
+        per_epoch = logit_store.bytes_of_epoch(len(class_set), len(class_set.names), config.topk)
+        logit_store.require_space(work, int(len(missing) * (per_epoch + 1000) * 1.02) + 100_000)
+        if old:
+            log.info("going on in %s: %d of %d epochs are there", work, config.epochs - len(missing), config.epochs)
+        with progress_bar(len(missing) * len(class_set), "labelling views") as bar:
+            for epoch, tensors in job.label(missing, bar.update):
+                writer.add(epoch, tensors)
+        writer.finish(_log(config, device, time.monotonic() - started))
+    _publish(work, out, config.overwrite)
+    return _result(out, description)
+
+
+# --- before the work
+
+
+def _out(config: RelabelConfig, class_set: ClassSet) -> Path:
+    folder = class_set.folder.resolve()
+    out = Path(config.out) if config.out else folder.with_name(folder.name + "_labels")
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    if not out.name:
+        raise ConfigError(f"out={config.out!r}: expected the path of a new folder")
+    return out
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0") from error
+    return device
+
+
+def _description(
+    config: RelabelConfig, class_set: ClassSet, eval_set: ClassSet | None, teacher: ClassTeacher
+) -> dict[str, Any]:
+    """Everything that decides the bytes; `accuracy` and `mass` are added once they are measured."""
+    views = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config.views).items()}
+    return {
+        "format": logit_store.FORMAT,
+        "set": {"sha256": class_set.sha256, "names": list(class_set.names), "n": len(class_set)},
+        "teacher": {
+            "name": Path(teacher.name).name,
+            "sha256": teacher.sha256,
+            "spec": teacher.spec,
+            "classes": list(teacher.classes),
+            "batch": config.batch,
+            "precision": config.precision,
+        },
+        "measured_on": eval_set.sha256 if eval_set else None,
+        "views": views,
+        "temperature": config.temperature,
+        "topk": config.topk,
+        "pool": config.epochs,
+        "dtype": "float16",
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return logit_store.compare({k: v for k, v in old.items() if k not in ("accuracy", "mass")}, new)
+
+
+def _finished(out: Path, description: dict[str, Any], overwrite: bool) -> RelabelResult | None:
+    """The store at `out`, if it is the one that is asked for; None if the place is free or may be overwritten."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    old = logit_store.read_description(out)
+    if old is None:
+        raise DiskError(f"{out} exists and is no store of this program; nothing there is touched. Choose another `out`")
+    if overwrite:
+        return None
+    differences = _differences(old, description)
+    if differences:
+        raise ConfigError(
+            f"{out} holds another store:\n  " + "\n  ".join(differences) + "\nchoose another `out`, or replace it with "
+            "overwrite=true"
+        )
+    found = LogitStore(out)
+    for epoch in range(found.pool):
+        found.view(epoch, 0)
+    return _result(out, found.description)
+
+
+def _begun(work: Path, description: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """The description of an unfinished store that can be gone on with; None: begin."""
+    strangers = [path for path in work.iterdir() if path.name != ".lock" and not path.name.endswith(".tmp")]
+    if not strangers:
+        return None
+    old = logit_store.read_description(work)
+    if old is None:
+        raise DiskError(f"{work} holds no unfinished store of this program; move it away, or choose another `out`")
+    differences = _differences(old, description)
+    if not differences and {"accuracy", "mass"} <= set(old):
+        return old
+    if not overwrite:
+        raise ConfigError(
+            f"{work} is an unfinished store that was begun otherwise:\n  "
+            + "\n  ".join(differences or ["accuracy: missing"])
+            + "\ngive what it was begun with, choose another `out`, or begin again with overwrite=true"
+        )
+    logit_store.clear_store(work)
+    return None
+
+
+def _measure(job: _Job, eval_set: ClassSet | None) -> dict[str, Any] | None:
+    if eval_set is None:
+        log.info("the teacher's accuracy is not measured (eval_data=none)")
+        return None
+    with progress_bar(len(eval_set), "measuring the teacher") as bar:
+        found: Accuracy = accuracy(
+            job.teacher, eval_set, job.config.size, job.config.batch, job.device, job.workers, bar.update
+        )
+    log.info("the teacher's top-1 is %.2f %%, top-5 %.2f %%, on %d pictures", found.top1, found.top5, found.n)
+    if found.top1 < 200.0 / len(eval_set.names):
+        log.warning("that is near chance: are these its weights, and are the folders named as its classes?")
+    return {"top1": round(found.top1, 4), "top5": round(found.top5, 4), "n": found.n}
+
+
+# --- the work
+
+
+class _Job:
+    """Batches of views for the teacher.
+
+    Batch b is always the views b * B ... b * B + B - 1 of the flat sequence (epoch 0 whole, epoch 1 whole, ...), the
+    last one padded, so that a view has the same neighbours whatever was done before.
+    """
+
+    def __init__(self, config: RelabelConfig, class_set: ClassSet, teacher: ClassTeacher, device: str) -> None:
+        self.config, self.class_set, self.teacher, self.device = config, class_set, teacher, device
+        self.workers = config.workers or os.cpu_count() or 1
+        self.views = ViewDataset(class_set, config.views)
+        self.total = config.epochs * len(class_set)
+        shape = (config.batch, config.size, config.size, 3)
+        self._pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+
+    def mass(self) -> float | None:
+        """The share of softmax(t/T) in the top k of the first views; None without `topk`.
+
+        Raises:
+            ConfigError: below 90 %; it names a k that would do.
+        """
+        topk, temperature = self.config.topk, self.config.temperature
+        if not topk:
+            return None
+        count = min(PILOT, self.total)
+        batches = range(-(-count // self.config.batch))
+        logits = torch.cat([logits for _, _, logits in self._batches(batches)])[:count]
+        shares = logit_store.mass_by_k(logits, temperature)
+        share = round(float(shares[topk - 1]), 4)
+        if share < LEAST_MASS:
+            enough = int(np.searchsorted(shares, LEAST_MASS) + 1)
+            raise ConfigError(
+                f"topk={topk}: at temperature {temperature:g} the top {topk} of {logits.shape[1]} classes hold only "
+                f"{100 * share:.1f} % of the teacher's softmax, and at least {100 * LEAST_MASS:.0f} % must be kept; "
+                f"topk={min(enough, logits.shape[1])} would do, or topk=0 keeps all"
+            )
+        return share
+
+    def label(
+        self, epochs: Sequence[int], progress: Callable[[int], object]
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """The tensors of each of these epochs, in order; no more than two epochs are in memory.
+
+        Raises:
+            WeightsError: logits that are not finite in float16.
+        """
+        n, batch = len(self.class_set), self.config.batch
+        wanted = set(epochs)
+        needed = sorted({b for e in wanted for b in range(e * n // batch, ((e + 1) * n - 1) // batch + 1)})
+        parts: dict[str, NDArray[Any]] = {}
+        for first, rows, logits in self._batches(needed):
+            tensors = self._tensors(rows, logits)
+            at = 0
+            while at < len(rows):
+                epoch, place = divmod(first + at, n)
+                count = min(n - place, len(rows) - at)
+                if epoch in wanted:
+                    if not parts:
+                        parts = {k: np.empty((n, *v.shape[1:]), v.dtype) for k, v in tensors.items()}
+                    for key, value in tensors.items():
+                        parts[key][place : place + count] = value[at : at + count]
+                    progress(count)
+                    if place + count == n:
+                        yield epoch, parts
+                        parts = {}
+                at += count
+
+    def _tensors(self, rows: Sequence[Row], logits: Tensor) -> dict[str, NDArray[Any]]:
+        half = logits.half()
+        if not bool(torch.isfinite(half).all()):
+            raise WeightsError(
+                f"the teacher {self.teacher.name} gives logits that are not finite, or beyond float16 (65504): its "
+                "weights are damaged, or it does not fit these pictures"
+            )
+        views = np.stack(rows)
+        if not self.config.topk:
+            return {"views": views, "logits": half.numpy()}
+        values, indices, rest = logit_store.top_k(logits, self.config.topk, self.config.temperature)
+        return {"views": views, "values": values.numpy(), "indices": indices.numpy(), "rest": rest.numpy()}
+
+    def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Row], Tensor]]:
+        """For each batch its first flat position, the rows, and the teacher's logits [len(rows), C] float32, CPU."""
+        size = self.config.batch
+        n = len(self.class_set)
+        flat = (p for b in numbers for p in range(b * size, min((b + 1) * size, self.total)))
+
+        def look(position: int) -> tuple[Row, Image]:
+            epoch, index = divmod(position, n)
+            return self.views.drawn(epoch, index)
+
+        stream = ahead(flat, look, self.workers, 2 * size + 4 * self.workers)
+        for number in numbers:
+            first = number * size
+            rows: list[Row] = []
+            pixels = self._pixels.numpy()
+            for slot in range(min(size, self.total - first)):
+                row, pixels[slot] = next(stream)
+                rows.append(row)
+            pixels[len(rows) :] = 0
+            x = self._pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div_(255)
+            yield first, rows, self.teacher(x)[: len(rows)].cpu()
+
+
+# --- after the work
+
+
+def _log(config: RelabelConfig, device: str, seconds: float) -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "settings": as_plain(config),
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": device},
+        "torch_threads": torch.get_num_threads(),
+        "seconds": round(seconds, 2),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _publish(work: Path, out: Path, overwrite: bool) -> None:
+    """`<out>.incomplete` becomes `out`; an older store makes room only now that the new one is whole."""
+    replaced = out.with_name(out.name + ".replaced")
+    try:
+        (work / ".lock").unlink(missing_ok=True)
+        if out.exists() and any(out.iterdir()):
+            if not overwrite or not logit_store.is_store(out):
+                raise DiskError(f"{out} appeared meanwhile; the new store is complete in {work}: move it yourself")
+            if replaced.exists():  # of a replacement that was cut off
+                logit_store.remove_store(replaced)
+            out.replace(replaced)
+        work.replace(out)
+        (out / ".lock").unlink(missing_ok=True)
+    except OSError as error:
+        raise DiskError(
+            f"the store is complete in {work} but cannot be renamed to {out}: {error.strerror}; fix that and run the "
+            "same command again"
+        ) from error
+    if replaced.exists():
+        logit_store.remove_store(replaced)
+
+
+def _result(out: Path, description: dict[str, Any]) -> RelabelResult:
+    try:
+        size = sum(path.stat().st_size for path in out.iterdir())
+    except OSError as error:
+        raise VerifyError(f"cannot read {out}: {error.strerror}") from error
+    return RelabelResult(out, size, description["accuracy"])
