@@ -52,7 +52,8 @@ def make_student(
     name = str(check_model_file_from_stem(str(model)))
     with seeded(seed_of("student", seed)):
         if Path(name).suffix in (".yaml", ".yml", ".pt"):
-            return _yolo(name, names, weights, download)
+            yolo: nn.Module = _yolo(name, names, weights, download)
+            return yolo
         return Classifier(_library(name, len(names), size, weights, download), names)
 
 

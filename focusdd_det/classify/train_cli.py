@@ -23,7 +23,7 @@ TRAIN_USAGE = """Train a classifier on a distilled set with a teacher's soft lab
       --eval-data imagenet --epochs 300
   python tools/train_cls.py model=yolo11n-cls.yaml data=datasets/in10 labels=hard eval_data=imagenet/val
   python tools/train_cls.py model=resnet18 weights=runs/classify/train/weights/last.json data=imagenet \\
-      teacher=resnet18 teacher_weights=resnet18.pth subset_ipc=10 epochs=50 batch=64 lr0=2.5e-4 eval_data=imagenet      (fine-tuning)
+      teacher=resnet18 teacher_weights=resnet18.pth subset_ipc=10 epochs=50 batch=64 lr0=2.5e-4 eval_data=imagenet
   python tools/train_cls.py resume=runs/classify/train
   python tools/train_cls.py data=datasets/in10 store=datasets/in10-labels eval_data=none --dry-run
 
@@ -67,7 +67,7 @@ def train(argv: Sequence[str]) -> int:
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
     file = given.get("cfg")
-    own = read_yaml(Path(str(file))) if file else {}
+    own = read_yaml(_recipe(str(file))) if file else {}
     refuse_unknown(own, _keys(), f"{file}: ")
     asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
     return asked if asked.get("resume") else {**read_yaml(cfg_dir() / SHIPPED), **asked}
@@ -101,6 +101,12 @@ def plan(overrides: Mapping[str, Any]) -> str:
     ours = {key: value for key, value in dataclasses.asdict(options).items() if key not in told}
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
     return "\n".join([*lines, f"training      {listed(ours)}", f"ultralytics   {listed(stock)}"])
+
+
+def _recipe(name: str) -> Path:
+    """A file of the user's, else one of those that are shipped."""
+    shipped = cfg_dir() / name
+    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
 
 
 def _keys() -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 import ultralytics
 import yaml
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from ultralytics.cfg import get_cfg, get_save_dir
 from ultralytics.data.augment import classify_transforms
 from ultralytics.models.yolo.classify import ClassificationTrainer, ClassificationValidator
@@ -74,6 +74,16 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
     """
 
     start_epoch: int
+    args: Any
+    ema: Any
+    model: Any
+    metrics: Any
+    options: Options
+    origin: dict[str, str]
+    train_set: ClassSet
+    eval_set: ClassSet | None
+    loss_names: tuple[str, ...]
+    best_fitness: float | None
 
     def __init__(
         self,
@@ -90,7 +100,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         if not given.get("resume"):
             recipe = {k: v for k, v in read_yaml(cfg_dir() / SHIPPED).items() if k in DEFAULT_CFG_DICT}
             given = {**recipe, **{key: value for key, value in given.items() if value is not None}}
-            given.setdefault("nbs", given["batch"])  # no accumulation, and weight_decay is what is written
+            if type(given["batch"]) is int and given["batch"] > 0:
+                given.setdefault("nbs", given["batch"])  # no accumulation, and weight_decay is what is written
         self.teacher: ClassTeacher | None = None
         self.store: LogitStore | None = None
         self._teacher_finite: Tensor | None = None  # whether all its outputs of this epoch are; on the device
@@ -132,9 +143,11 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             download=self.options.download,
             seed=self.args.seed,
         )
+        stored = self.store.description["teacher"] if self.store else {}
         self.origin = {
             "set": self.train_set.sha256,
-            "teacher": self.teacher.sha256 if self.teacher else "",
+            "teacher": self.teacher.sha256 if self.teacher else str(stored.get("sha256", "")),
+            "teacher_spec": self.teacher.spec if self.teacher else str(stored.get("spec", "")),
             "store": self.store.sha256 if self.store else "",
             "eval": self.eval_set.sha256 if self.eval_set else "",
         }
@@ -180,11 +193,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             problems.append(f"imgsz={args.imgsz!r}: expected a multiple of {STRIDE}")
         elif args.batch == 1 and args.imgsz < 2 * STRIDE:
             problems.append("batch=1: BatchNorm needs two pictures at this imgsz")
-        for key, low, high in (("scale", 0, 1), ("fliplr", 0, 1), ("cutmix", 0, 1)):
-            if not low <= float(getattr(args, key)) <= high:
-                problems.append(f"{key}={getattr(args, key)!r}: expected {low} to {high}")
-        if args.scale == 1:
-            problems.append("scale=1: views would have no area; expected less")
+        if isinstance(args.scale, (list, tuple)) or not 0 <= args.scale < 1:
+            problems.append(f"scale={args.scale}: expected a number from 0 to below 1, the views are 1 - scale to 1")
         for key, default in (("distill_model", None), ("single_cls", False)):
             if getattr(args, key) not in (default, False):
                 problems.append(f"{key} is not for this trainer; leave it out")
@@ -195,7 +205,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         args.close_mosaic = 0  # there is none, and closing it would draw the epoch's pictures again
 
     def _read_data(self) -> None:
-        self.train_set: ClassSet = read_class_set(str(self.args.data), "train")
+        self.train_set = read_class_set(str(self.args.data), "train")
         wanted = self.args.classes
         if wanted is not None:
             indices = [wanted] if isinstance(wanted, int) else list(wanted)
@@ -205,7 +215,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             self.train_set = self.train_set.only([names[i] for i in indices])
         if len(self.train_set) < 2:
             raise DataError(f"{self.args.data} has {len(self.train_set)} pictures; expected at least two")
-        self.eval_set: ClassSet | None = None
+        self.eval_set = None
         if self.options.eval_data:
             self.eval_set = read_class_set(self.options.eval_data, "val", self.train_set.names)
 
@@ -229,7 +239,12 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             from focusdd_det.classify.teacher import load_classifier
 
             self.teacher = load_classifier(
-                str(options.teacher), options.teacher_weights, self.train_set.names, size, download=options.download
+                str(options.teacher),
+                options.teacher_weights,
+                self.train_set.names,
+                size,
+                precision="bf16" if options.precision == "bf16" else "fp32",
+                download=options.download,
             )
 
     def _check_temperature(self, store: LogitStore) -> None:
@@ -242,8 +257,9 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
     def _check_origin(self, began_with: Mapping[str, str]) -> None:
         what = {
             "set": (VerifyError, f"{self.args.data} holds other pictures than"),
-            "teacher": (WeightsError, f"the teacher {self.options.teacher} has other weights than"),
             "store": (VerifyError, f"{self.options.store} is another store than"),
+            "teacher": (WeightsError, f"the teacher {self.options.teacher} has other weights than"),
+            "teacher_spec": (WeightsError, f"the teacher {self.options.teacher} is built otherwise than"),
             "eval": (VerifyError, f"{self.options.eval_data} holds other pictures than"),
         }
         for key, (kind, told) in what.items():
@@ -294,7 +310,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         if not isinstance(model, nets.Classifier):
             model.transforms = classify_transforms(int(self.args.imgsz))  # for stock predictions from its checkpoint
         if self.eval_set is None:
-            return DataLoader([])
+            return DataLoader(NoPictures())
         dataset = EvalDataset(self.eval_set, int(self.args.imgsz))
         workers = int(self.args.workers)
         return DataLoader(
@@ -313,17 +329,11 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         if self._bf16_on_cpu:
             batch["img"] = batch["img"].contiguous(memory_format=torch.channels_last)
         if self.teacher is not None:
-            with torch.no_grad(), self._teachers_precision():
-                logits = self.teacher.module(batch["img"]).float()
+            logits = self.teacher(batch["img"])
             finite = torch.isfinite(logits).all()
             self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
             batch[SOFT_KEY] = {"logits": logits}
         return batch
-
-    def _teachers_precision(self) -> Any:
-        """float32 on a CPU, whatever the student's; Ultralytics' own on a GPU."""
-        cpu = self.device.type == "cpu"
-        return torch.autocast("cpu", enabled=False) if cpu else contextlib.nullcontext()
 
     def get_validator(self) -> ClassificationValidator:
         """Stock, with arguments that stock Ultralytics knows; no pictures of predictions and no confusion matrix."""
@@ -344,7 +354,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
 
     def setup_model(self) -> None:
         """The student that was built when the arguments were checked, with its criterion."""
-        model, options = self._student, self.options
+        model: Any = self._student
+        options = self.options
         name = "ce" if options.labels == "hard" else "soft_ce"
         model.criterion = SoftLabels(float(options.temperature), name)
         self._bf16_on_cpu = self.device.type == "cpu" and options.precision == "bf16"
@@ -445,7 +456,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         if metrics is None:
             return None, None
         metrics.pop("fitness", None)
-        top1, top5 = (100 * float(value) for value in (self.validator.metrics.top1, self.validator.metrics.top5))
+        top1, top5 = (round(100 * float(v), 4) for v in (self.validator.metrics.top1, self.validator.metrics.top5))
         if self._best is None or top1 > self._best["top1"]:
             self._best = {"epoch": self.epoch + 1, "top1": top1, "top5": top5, "meaning": "selected on val"}
             self.best_fitness, self._is_best = top1, True
@@ -493,7 +504,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             nets.save_spec(Path(self.wdir) / name, model.as_net(), self.train_set.names, int(self.args.imgsz))
         write_atomic(Path(self.wdir) / f"{name}.pt", self._stock_checkpoint(model))
 
-    def _stock_checkpoint(self, model: nn.Module) -> bytes:
+    def _stock_checkpoint(self, model: Any) -> bytes:
         """What Ultralytics leaves of a checkpoint at the end of a run: half precision, no optimizer."""
         criterion, model.criterion = model.criterion, None
         try:
@@ -571,6 +582,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             "last": None,
             "best": self._best,
             "labels": self.options.labels,
+            "stored_teacher": self.store.accuracy if self.store else None,
             "eval_data": self.options.eval_data,
             "imgsz": self.args.imgsz,
             "weights": "moving average (ema)" if self.options.ema else "as trained",
@@ -621,6 +633,16 @@ class LiveWeights:
 
     def update_attr(self, model: nn.Module, include: Any = (), exclude: Any = ()) -> None:
         """Nothing to copy."""
+
+
+class NoPictures(Dataset[Any]):
+    """The evaluation data of a run that measures nothing."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
 
 
 class LogitsOf(nn.Module):
