@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from class_data import write_class_set
 from cls_support import (
     CLASSES,
     NET,
@@ -142,6 +143,15 @@ def test_a_trained_student_teaches_and_starts_others(finished: Path, tmp_path: P
     assert trainer.tloss["soft_ce"] > 0
 
 
+def test_a_start_from_weights_for_other_classes_has_a_new_head(
+    tmp_path: Path, pictures: Path, teacher: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = FocusDDClassificationTrainer(overrides=options(tmp_path, pictures, weights=str(teacher)))
+    assert "was for 4 classes, the one for 3 is new" in caplog.text
+    state, start = trainer._student.net.state_dict(), load_file(teacher.with_suffix(".safetensors"))
+    assert sum(not torch.equal(state[key], start[key]) for key in state) == 2, "weight and bias of the head"
+
+
 def test_without_eval_data_nothing_is_measured(tmp_path: Path, pictures: Path, caplog: Any) -> None:
     trainer = train(tmp_path, pictures, eval_data=None, epochs=2)
     assert "nothing is measured" in caplog.text
@@ -167,6 +177,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, pictures: Path) 
     with pytest.raises(FocusDDError, match="not a finite number in epoch 2; the state after epoch 1 is kept"):
         trainer.train()
     assert all(torch.isfinite(v).all() for v in load_file(Path(trainer.wdir) / "last.safetensors").values())
+
+
+def test_a_set_of_ours_is_not_written_to(tmp_path: Path) -> None:
+    folder = write_class_set(tmp_path / "set", count=5)
+    before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    train(tmp_path, folder, eval_data=None, epochs=1)
+    with pytest.raises(ConfigError, match="would lie inside the set"):
+        FocusDDClassificationTrainer(overrides=options(folder, folder, eval_data=None))
+    with pytest.raises(DataError, match="has no val pictures"):
+        FocusDDClassificationTrainer(overrides=options(tmp_path, folder))
+    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_disappears_is_named(workers: int, tmp_path: Path) -> None:
+    data = make_pictures(tmp_path / "pictures")
+    trainer = FocusDDClassificationTrainer(overrides=options(tmp_path, data, eval_data=None))
+    trainer.args.workers = workers
+    (data / "train" / "bar" / "2.png").unlink()
+    with pytest.raises(DataError) as caught:
+        trainer.train()
+    assert str(caught.value).startswith(f"cannot read {data / 'train' / 'bar' / '2.png'}")
+    assert "Traceback" not in str(caught.value)
 
 
 def test_refusals_leave_no_run_folder(tmp_path: Path, pictures: Path, teacher: Path) -> None:

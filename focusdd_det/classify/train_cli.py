@@ -42,13 +42,8 @@ def train(argv: Sequence[str]) -> int:
     if wants_help(argv):
         print(TRAIN_USAGE + "\n" + describe(SHIPPED))
         return 0
-    given = parse(argv, {**_keys(), "dry_run": False})
-    dry_run = bool(given.pop("dry_run", False))
-    overrides = train_overrides(given)
-    if not overrides.get("resume"):
-        Options.of(overrides)
-    check_stock(overrides, "classify")
-    if dry_run:
+    overrides = checked_overrides(argv, {"dry_run": False})
+    if overrides.pop("dry_run", False):
         print(plan(overrides))
         return 0
     from focusdd_det.classify.trainer import FocusDDClassificationTrainer
@@ -62,6 +57,24 @@ def train(argv: Sequence[str]) -> int:
         raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0
+
+
+def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a trainer from the command line and the YAML files, checked before anything is read.
+
+    Args:
+        extra: further keys that the command takes, with their defaults; those that are given come back among the rest.
+
+    Raises:
+        ConfigError: unknown keys (with suggestions) or wrong values.
+    """
+    given = parse(argv, {**_keys(), **extra})
+    own = {key: given.pop(key) for key in extra if key in given}
+    overrides = train_overrides(given)
+    if not overrides.get("resume"):
+        Options.of(overrides)
+    check_stock(overrides, "classify")
+    return {**overrides, **own}
 
 
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
