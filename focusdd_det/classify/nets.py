@@ -56,7 +56,7 @@ class Spec:
 
     Attributes:
         arch, library, kwargs: what builds the stock model (kwargs without the number of classes).
-        classes: the class that each output stands for.
+        classes: the class that each output stands for; empty for an architecture that is still to be trained.
         size: side of the pictures it was trained on, px.
         mean, std: of the pixels in [0, 1], RGB; None: the library's own.
         weights: the safetensors file; None if the JSON names none.
@@ -192,8 +192,10 @@ def read_spec(path: Path) -> Spec:
     problems = []
     if not isinstance(raw["arch"], str):
         problems.append(f"arch must be a name, got {raw['arch']!r}")
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         problems.append("classes must be a list of names")
+    elif not classes and weights is not None:
+        problems.append("classes must name what the outputs of its weights stand for")
     elif len(set(classes)) != len(classes):
         problems.append("classes names one twice")
     if not isinstance(kwargs, dict):

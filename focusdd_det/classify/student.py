@@ -12,6 +12,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_model_file_from_stem
 
 from focusdd_det.classify.nets import Classifier, Net, load_weights, make_net, net_of_spec, outputs_in, read_spec
+from focusdd_det.config import cfg_dir
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.replay import seeded
 from focusdd_det.seeds import seed_of
@@ -64,7 +65,8 @@ def _library(name: str, classes: int, size: int, weights: str | None, download: 
         )
     start = Path(weights) if weights and weights != OWN_WEIGHTS else None
     if Path(name).suffix == ".json":
-        spec = read_spec(Path(name))
+        shipped = cfg_dir() / name
+        spec = read_spec(shipped if shipped.is_file() and not Path(name).exists() else Path(name))
         if weights == OWN_WEIGHTS:
             raise WeightsError(f"weights={OWN_WEIGHTS} goes with a name as model=, not with {name}")
         net = net_of_spec(spec, classes, size)

@@ -175,6 +175,8 @@ def _from_spec(path: Path, weights: str | None, size: int) -> _Loaded:
     file = Path(weights) if weights is not None else spec.weights
     if file is None:
         raise WeightsError(f"{path} names no weights; give teacher_weights=PATH, or write `weights` into it")
+    if not spec.classes:
+        raise WeightsError(f"{path} names no classes, so it is not known what the outputs stand for; write `classes`")
     net = net_of_spec(spec, size=size)
     load_weights(net, file)
     return Classifier(net, spec.classes), spec.classes, file_sha256(file), _described(net)
