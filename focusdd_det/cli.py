@@ -28,7 +28,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd build --source imagenet/train --ipc 50 --out datasets/focusdd     photographs -> distilled set
   focusdd detect train model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100
   focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
-  focusdd classify build|relabel|train ...                                  the same for classifiers
+  focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
 
@@ -198,7 +198,8 @@ def detect_command(argv: Sequence[str]) -> int | None:
 
 
 def classify_command(argv: Sequence[str]) -> int | None:
-    """`focusdd classify build|relabel|train ...`."""
+    """`focusdd classify build|relabel|train|export|continual ...`."""
+    from focusdd_det.classify.continual import continual_command
     from focusdd_det.classify.export import export_command
     from focusdd_det.classify.relabel import relabel_command
     from focusdd_det.classify.train_cli import train
@@ -208,6 +209,7 @@ def classify_command(argv: Sequence[str]) -> int | None:
         "relabel": relabel_command,
         "train": train,
         "export": export_command,
+        "continual": continual_command,
     }
     if not argv or argv[0] not in modes:
         raise ConfigError(f"focusdd classify: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")

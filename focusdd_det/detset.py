@@ -367,8 +367,9 @@ def verify(folder: Path) -> list[str]:
 
 
 def _verify_item(folder: Path, item: Item, names: Sequence[str]) -> Iterator[str]:
-    if names and item.class_name != (names[item.class_index] if item.class_index < len(names) else None):
-        yield f"{folder / 'manifest.jsonl'}: {item.id} is of class {item.class_index} `{item.class_name}`, not so in data.yaml"
+    if names and dict(enumerate(names)).get(item.class_index) != item.class_name:
+        told = f"its class is {item.class_index} `{item.class_name}`, which data.yaml does not say"
+        yield f"{folder / 'manifest.jsonl'}: {item.id}: {told}"
     classes = len(names)
     for part in item.sha256:
         path = part_path(folder, part, item)

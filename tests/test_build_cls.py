@@ -30,7 +30,7 @@ HUE = {"n01": (200, 40, 40), "n02": (40, 200, 40), "n03": (40, 40, 200)}
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures a class, each of one colour with noise, and a tiny ViT that knows the classes in another order."""
+    """Twelve pictures a class, each class of one colour, and a tiny ViT that knows the classes in another order."""
     top = tmp_path_factory.mktemp("cls")
     rng = np.random.default_rng(0)
     for name, colour in HUE.items():

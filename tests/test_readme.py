@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,13 @@ import torch
 from conftest import REPOSITORY, draw, save_detector
 from safetensors.torch import save_file
 
+from focusdd_det.classify.continual import continual_command
+from focusdd_det.classify.export import export_command
+from focusdd_det.classify.nets import make_net
+from focusdd_det.classify.relabel import relabel_command
+from focusdd_det.classify.train_cli import train as train_cls
 from focusdd_det.classmap import find_map, read_class_map
-from focusdd_det.cli import build_command, main, run_main
+from focusdd_det.cli import build_cls_command, build_command, main, run_main
 from focusdd_det.config import cfg_dir
 from focusdd_det.detect_cli import train, val_coco
 from focusdd_det.detset import read_manifest, verify
@@ -25,6 +31,11 @@ TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "tools/build_det_set.py": build_command,
     "tools/train_det.py": train,
     "tools/val_coco.py": val_coco,
+    "tools/build_cls_set.py": build_cls_command,
+    "tools/relabel_cls.py": relabel_command,
+    "tools/train_cls.py": train_cls,
+    "tools/continual_cls.py": continual_command,
+    "tools/export_cls.py": export_command,
 }
 # What makes a command of the README small enough for a test; appended, and the last value of a key wins.
 SMALL = {
@@ -32,6 +43,11 @@ SMALL = {
     "selector=vit.json download=false",
     "tools/train_det.py": "epochs=1 imgsz=64 batch=4 workers=0 device=cpu plots=False exist_ok=True",
     "tools/val_coco.py": "imgsz=64 device=cpu subset=True",
+    "tools/build_cls_set.py": "ipc=2 image_size=64 near_duplicate=0 threads=1 device=cpu selector=vit.json",
+    "tools/relabel_cls.py": "size=32 epochs=1 batch=4 workers=1 device=cpu",
+    "tools/train_cls.py": "epochs=1 imgsz=32 batch=4 workers=0 device=cpu plots=False exist_ok=True",
+    "tools/continual_cls.py": "steps=2 model=test_resnet epochs=1 imgsz=32 batch=4 device=cpu plots=False",
+    "tools/export_cls.py": "",
 }
 
 
@@ -87,6 +103,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (top / folder).mkdir(parents=True)
         for i in range(9):
             cv2.imwrite(str(top / folder / f"{i}.jpg"), draw(rng, 64)[0])
+    for source, target in (("train", "val"), ("train", "../downloads/food-101/images")):
+        shutil.copytree(top / "imagenet" / source, top / "imagenet" / target)
+    (top / "downloads" / "food-101" / "meta").mkdir()
+    pictures = sorted((top / "downloads" / "food-101" / "images").rglob("*.jpg"))
+    table: dict[str, list[str]] = {}
+    for picture in pictures:
+        table.setdefault(picture.parent.name, []).append(f"{picture.parent.name}/{picture.stem}")
+    for split in ("train", "test"):
+        (top / "downloads" / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(table))
+    (top / "weights").mkdir()
+    torch.save(make_net("resnet18", 1000).module.state_dict(), top / "weights" / "resnet18.pth")
     (top / "my_map.yaml").write_text("giraffes_2019: giraffe\n")
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
     torch.manual_seed(0)
@@ -128,24 +155,29 @@ def test_every_python_command_of_the_readme_runs(
             assert run_main(TOOLS[tool], argv) == 4, line
             assert "finished" in capsys.readouterr().err
             continue
-        if tool == "tools/build_det_set.py":
-            argv = [word for word in argv if word != "--download"]
-        if tool == "tools/train_det.py":
-            small.append(f"project={place / 'runs' / 'detect'}")  # under pytest Ultralytics' default lies elsewhere
+        argv = [word for word in argv if word not in ("--download", "download=True")]
+        argv = [word.replace("weights=imagenet", "weights=weights/resnet18.pth") for word in argv]
+        if tool in ("tools/train_det.py", "tools/train_cls.py"):
+            task = "detect" if tool == "tools/train_det.py" else "classify"
+            small.append(f"project={place / 'runs' / task}")  # under pytest Ultralytics' default lies elsewhere
         code = run_main(TOOLS[tool], [*argv, *small])
         assert code == 0, f"`{line}` ended with {code}: {capsys.readouterr().err[-2000:]}"
-    for folder in ("focusdd", "focusdd100", "random"):
+    for folder in ("focusdd", "focusdd100", "random", "focusdd_cls", "food101_cls"):
         assert verify(Path("datasets") / folder) == []
     assert len(list(read_manifest(Path("datasets/focusdd")))) == 4
     assert main(["verify", "datasets/focusdd"]) == 0
+    assert json.loads(Path("runs/classify/finetuned/accuracy.json").read_text())["last"]["n"] == 18
 
 
 def test_every_shipped_config_is_read_by_its_tool() -> None:
-    from focusdd_det.build import load_config
+    from focusdd_det.build import load_class_config, load_config
     from focusdd_det.detect_cli import train_overrides
 
     assert {p.name for p in cfg_dir().glob("*.yaml")} == {
-        "build_det.yaml", "train_det.yaml", "coco_imagenet.yaml", "caltech101_coco.yaml", "imagenet_more_coco.yaml"
+        "build_det.yaml", "train_det.yaml", "coco_imagenet.yaml", "caltech101_coco.yaml", "imagenet_more_coco.yaml",
+        "build_cls.yaml", "relabel_cls.yaml", "train_cls.yaml", "train_cls_tiny_imagenet.yaml", "train_cls_1000.yaml",
+        "finetune_cls.yaml", "transfer_cls.yaml", "tiny_vit.yaml",
     }  # fmt: skip
     assert load_config().ipc == 50
+    assert load_class_config().ipc == 10
     assert train_overrides({})["optimizer"] == "SGD"

@@ -31,8 +31,8 @@ USAGE = """Class-incremental learning on a distilled set: train from scratch on 
   steps       equal groups that the classes are split into (default 5)
   order_seed  decides which classes come when (default 0)
   out         folder of the runs, continual.json and continual.png (default runs/continual)
-  and every key of tools/train_cls.py but classes, project, name, resume and store (a store holds the logits of all classes:
-  use teacher= or labels=hard). The same command goes on where it was stopped.
+  and every key of tools/train_cls.py but classes, project, name, resume and store (a store holds the logits of all
+  classes: use teacher= or labels=hard). The same command goes on where it was stopped.
 """
 
 
