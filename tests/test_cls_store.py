@@ -99,6 +99,9 @@ def test_another_set_is_refused(made: Path, tmp_path: Path) -> None:
     other = read_class_set(write_class_set(tmp_path / "other", count=8), "train")
     with pytest.raises(VerifyError, match=r"another set \(7 pictures.*\(8 pictures"):
         LogitStore(made / "whole").check(other, 32)
+    other_bytes = read_class_set(write_class_set(tmp_path / "as_many", size=40), "train")
+    with pytest.raises(VerifyError, match=r"another set \(7 pictures.*\(7 pictures"):
+        LogitStore(made / "whole").check(other_bytes, 32)
 
 
 def test_other_classes_and_another_order_are_refused(made: Path) -> None:
