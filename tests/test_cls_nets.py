@@ -154,7 +154,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"classes": ["a", "a"]}, "one twice"),
-        ({"classes": []}, "list of names"),
+        ({"classes": [1, 2]}, "list of names"),
+        ({"classes": [], "weights": "x.safetensors"}, "outputs of its weights stand for"),
         ({"weights": "../elsewhere.safetensors"}, "beside the JSON"),
         ({"library": "other"}, "torchvision or timm"),
         ({"size": "32"}, "number of px"),
