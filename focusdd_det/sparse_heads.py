@@ -15,7 +15,8 @@ off, and only what is kept is right.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,14 @@ class SparseHeads:
     total: Tensor
 
     def to(self, device: torch.device | str) -> SparseHeads:
-        """On that device; pinned memory is copied without waiting."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _NAMES}
-        return SparseHeads(**moved)
+        """On that device; what goes to a GPU is not waited for."""
+        ahead = torch.device(device).type != "cpu"
+        return SparseHeads(**{name: getattr(self, name).to(device, non_blocking=ahead) for name in _NAMES})
+
+    def half(self) -> SparseHeads:
+        """Logits in float16, as they are stored."""
+        logits = ("values", "rest", "boxes", "background")
+        return replace(self, **{name: getattr(self, name).half() for name in logits})
 
     def split(self) -> list[SparseHeads]:
         """The pictures one by one, each as a batch of one."""
@@ -148,7 +154,7 @@ def sparse_supervision_terms(
         where = teacher.picture, teacher.anchor
         kept = _kept_classes(s[where[0], :, where[1]], teacher, temperature, beta)
         outside = torch.ones_like(s[:, 0]).index_put(where, s.new_zeros(()))
-        left_out = _left_out(s, teacher.background.float(), outside, temperature, beta)
+        left_out = _LeftOut.apply(s, teacher.background.float(), outside, temperature, beta)  # type: ignore[no-untyped-call]
         foreground = teacher.values[:, 0].float().sigmoid()
         boxes = student["boxes"][where[0], :, where[1]]
         box = bins_kl(teacher.boxes.T[None], boxes.T[None], reg_max)[0]
@@ -165,23 +171,49 @@ def _kept_classes(s: Tensor, teacher: SparseHeads, temperature: float, beta: flo
     return divergence.sum()
 
 
-def _left_out(s: Tensor, background: Tensor, outside: Tensor, temperature: float, beta: float) -> Tensor:
+class _LeftOut(torch.autograd.Function):
     """The class term of the left-out anchors, whose teacher is one logit a class and picture.
 
-    KL = softplus(s/T) - q s/T - H(q), which costs one transcendental function an element where the general form costs
-    six; nothing large cancels, because q is below the floor.
-
-    Args:
-        s: [B, nc, A].
-        background: [B, nc].
-        outside: [B, A], 1 where an anchor is left out, else 0.
+    With one q for many, KL = softplus(s/T) - q s/T - H(q), and its gradient w (sigmoid(s/T) - q) / T is had on the way:
+    value and gradient in one pass, on a CPU picture by picture, so that a picture's scores stay in the cache. Nothing
+    large cancels, because q is below the floor.
     """
-    t = background[..., None] / temperature
-    q = t.sigmoid()
-    entropy = F.softplus(t) - q * t
-    hot = s / temperature
-    divergence = F.softplus(hot) - q * hot - entropy
-    weight = outside[:, None]
-    if beta:
-        weight = weight * (background[..., None].sigmoid() - s.detach().sigmoid()).abs() ** beta
-    return (divergence * weight).sum()
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, background: Tensor, outside: Tensor, temperature: float, beta: float
+    ) -> Tensor:
+        """The sum over elements.
+
+        Args:
+            ctx: of autograd.
+            scores: [B, nc, A] of the student, float32.
+            background: [B, nc] logits of the teacher.
+            outside: [B, A], 1 where an anchor is left out, else 0.
+        """
+        gradient = torch.empty_like(scores)
+        size = 1 if scores.device.type == "cpu" else len(scores)
+        whole = (scores, background[..., None], outside[:, None], gradient)
+        parts = (torch.split(part, size) for part in whole)  # type: ignore[no-untyped-call]
+        total = scores.new_zeros(())
+        for s, t, out, into in zip(*parts, strict=True):
+            x, hot = (s, t) if temperature == 1 else (s / temperature, t / temperature)
+            q = hot.sigmoid()
+            off = torch.sigmoid(x, out=into).sub_(q)
+            weight = off.abs() if temperature == 1 else (s.sigmoid() - t.sigmoid()).abs_()
+            if beta != 1:
+                weight.pow_(beta)
+            weight *= out
+            divergence = F.softplus(x).addcmul_(q, x, value=-1).sub_(F.softplus(hot) - q * hot)
+            total += torch.dot(divergence.flatten(), weight.flatten())
+            off.mul_(weight)
+            if temperature != 1:
+                off.div_(temperature)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        """To the scores alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None, None
