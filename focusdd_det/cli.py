@@ -27,6 +27,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
 
   focusdd build --source imagenet/train --ipc 50 --out datasets/focusdd     photographs -> distilled set
   focusdd detect train model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100
+  focusdd detect targets data=datasets/focusdd teacher=yolo11x.pt pool=20   soft targets, to train without the teacher
   focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
@@ -188,12 +189,13 @@ def sheet_command(argv: Sequence[str]) -> int:
 
 
 def detect_command(argv: Sequence[str]) -> int | None:
-    """`focusdd detect train|val ...`."""
+    """`focusdd detect targets|train|val ...`."""
     from focusdd_det import detect_cli
+    from focusdd_det.store_targets import store_command
 
-    modes: dict[str, Command] = {"train": detect_cli.train, "val": detect_cli.val_coco}
+    modes: dict[str, Command] = {"targets": store_command, "train": detect_cli.train, "val": detect_cli.val_coco}
     if not argv or argv[0] not in modes:
-        raise ConfigError(f"focusdd detect: expected train or val, got {argv[0] if argv else 'nothing'}")
+        raise ConfigError(f"focusdd detect: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
     return modes[argv[0]](argv[1:])
 
 
@@ -211,6 +213,9 @@ def classify_command(argv: Sequence[str]) -> int | None:
         "export": export_command,
         "continual": continual_command,
     }
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print("focusdd classify " + " | ".join(modes) + " ...\n`focusdd classify <one of them> --help` has examples")
+        return 0
     if not argv or argv[0] not in modes:
         raise ConfigError(f"focusdd classify: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
     return modes[argv[0]](argv[1:])

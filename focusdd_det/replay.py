@@ -13,10 +13,11 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data.build import InfiniteDataLoader
@@ -104,16 +105,44 @@ class CleanDataset(YOLODataset):  # type: ignore[misc]
         return label
 
 
+class Pool(NamedTuple):
+    """How many epochs of different views a run cycles through: epoch e sees view e % mixed, and view e % closed once
+    mosaic and its like are closed (0: closing changes nothing)."""
+
+    mixed: int
+    closed: int
+
+
+class View(NamedTuple):
+    """One view of a pool: is mosaic closed, which epoch of the pool, which picture."""
+
+    closed: bool
+    epoch: int
+    picture: int
+
+
+LOOK = 4  # a view's look is the mean colour of so many by so many tiles
+
+
+def look_of(image: Tensor) -> Tensor:
+    """[3 * LOOK^2] uint8 of an image [3, H, W] uint8: enough to tell views apart, little enough to be stored."""
+    thin = image[:, ::4, ::4]
+    tiles = [part for row in thin.tensor_split(LOOK, 1) for part in row.tensor_split(LOOK, 2)]
+    return torch.stack([tile.float().mean((1, 2)) for tile in tiles], 1).round().to(torch.uint8).flatten()
+
+
 class ReplayDataset(CleanDataset):
     """Training data whose item (epoch, index) always has the same pixels and boxes.
 
     Args:
         seed: the run's seed.
+        pool: only so many epochs have views of their own; a sample then says which `view` it is and how it looks
+            (`look`, see `look_of`). None: every epoch has.
         Everything else as YOLODataset.
     """
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
-        self.seed = seed
+    def __init__(self, *args: Any, seed: int, pool: Pool | None = None, **kwargs: Any) -> None:
+        self.seed, self.pool, self.closed = seed, pool, False
         super().__init__(*args, **kwargs)
 
     def build_transforms(self, hyp: Any) -> Any:
@@ -127,14 +156,29 @@ class ReplayDataset(CleanDataset):
     def __getitem__(self, item: tuple[int, int] | int) -> dict[str, Any]:
         """The sample of (epoch, index); a plain index means epoch 0."""
         epoch, index = item if isinstance(item, tuple) else (0, item)
-        seed = sample_seed(self.seed, epoch, index)
+        view = View(False, epoch, index) if self.pool is None else pooled(self.pool, self.closed, epoch, index)
+        seed = sample_seed(self.seed, view.epoch, index)
         for transform in _walk(self.transforms):
             compose: Any = getattr(transform, "transform", None)  # Albumentations keeps generators of its own
             if hasattr(compose, "set_random_seed"):
                 compose.set_random_seed(seed & 0xFFFFFFFF)
         with seeded(seed):
             sample: dict[str, Any] = super().__getitem__(index)
+        if self.pool is not None:
+            sample["view"], sample["look"] = view, look_of(sample["img"])
         return sample
+
+    def close_mosaic(self, hyp: Any) -> None:
+        """Ultralytics' own, remembered: views from now on are those of the closed part of a pool."""
+        super().close_mosaic(hyp)
+        self.closed = True
+
+
+def pooled(pool: Pool, closed: bool, epoch: int, index: int) -> View:
+    """The view of a picture in an epoch of a run."""
+    if closed and pool.closed:
+        return View(True, epoch % pool.closed, index)
+    return View(False, epoch % pool.mixed, index)
 
 
 def _walk(transform: Any) -> Iterator[Any]:

@@ -216,6 +216,7 @@ class Detector:
         path: the checkpoint file.
         reg_max: bins per box side; 1 means the head predicts distances directly (YOLO26).
         end2end: whether it has a one-to-one head beside the usual one-to-many head.
+        strides: pixels an anchor, level by level.
         device: where it runs.
     """
 
@@ -249,10 +250,10 @@ class Detector:
         if not self.end2end:  # fusing drops one of the two heads of an end-to-end model
             model = model.fuse(verbose=False)
         self._model = model.eval().requires_grad_(False).to(device)
-        self._strides: list[float] = [float(s) for s in head.stride]
+        self.strides: list[float] = [float(s) for s in head.stride]
         self._gather = None if order == list(range(len(own))) else torch.tensor(order, device=device)
-        if any(abs(s - int(s)) > 0 for s in self._strides) or max(self._strides) > STRIDE:
-            raise WeightsError(f"{path} has strides {self._strides}, expected whole numbers up to {STRIDE}")
+        if any(abs(s - int(s)) > 0 for s in self.strides) or max(self.strides) > STRIDE:
+            raise WeightsError(f"{path} has strides {self.strides}, expected whole numbers up to {STRIDE}")
 
     def to(self, device: torch.device) -> Detector:
         """Moved there; itself."""
@@ -353,7 +354,7 @@ class Detector:
         x = torch.from_numpy(stack).to(self.device).permute(0, 3, 1, 2).contiguous().float() / 255
         heads, features = self._forward(x)
         head = heads[ONE2MANY] if self.end2end else heads  # with NMS, as `yolo predict` does by default
-        anchors, strides = make_anchors(features, torch.tensor(self._strides), 0.5)
+        anchors, strides = make_anchors(features, torch.tensor(self.strides), 0.5)
         boxes = decode_boxes(head["boxes"], anchors.T.float(), self.reg_max) * strides.T.float()
         boxes_np = boxes[: len(images)].permute(0, 2, 1).cpu().numpy().astype(np.float64)
         scores_np = head["scores"][: len(images)].float().sigmoid().permute(0, 2, 1).cpu().numpy()
