@@ -17,6 +17,7 @@ from focusdd_det import coco_eval
 from focusdd_det.config import cfg_dir, describe, read_yaml
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.supervision import Options
+from focusdd_det.targets import TargetStore
 from focusdd_det.teacher import file_sha256, resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
@@ -29,6 +30,7 @@ VERBATIM = (
     "project",
     "teacher",
     "teacher_weights",
+    "targets",
     "store",
     "weights",
     "eval_data",
@@ -43,6 +45,7 @@ TRAIN_USAGE = """Train a detector on a distilled set, supervised by its boxes an
   python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100 eval_data=coco.yaml
   python tools/train_det.py --model yolo11s.yaml --data datasets/focusdd --supervision labels --epochs 100
   python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt kl_cls=0.5 batch=32 device=0
+  python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd targets=datasets/focusdd_targets epochs=100
   python tools/train_det.py resume=runs/detect/train/weights/last.pt
   python tools/train_det.py data=datasets/focusdd teacher=yolo11x.pt --dry-run
 
@@ -124,6 +127,13 @@ def plan(overrides: Mapping[str, Any]) -> str:
     if options.uses_teacher:
         file = resolve_weights(str(options.teacher), options.download)
         lines.append(f"teacher       {file} (sha256 {file_sha256(file)[:12]})")
+    if options.uses_targets:
+        store = TargetStore(str(options.targets))
+        store.check_set(data.yaml.parent, data.manifest_sha256, data.count, [str(names[i]) for i in range(len(names))])
+        lines.append(
+            f"targets       {store.folder} ({store.pool.mixed} + {store.pool.closed} epochs of views, teacher sha256 "
+            f"{store.teacher_sha256[:12]})"
+        )
     if options.eval_data:
         evaluation = load_yolo_data(resolve_data(options.eval_data).yaml, "val")
         annotations = options.eval_annotations or coco_eval.usual_annotations(evaluation)
@@ -131,7 +141,9 @@ def plan(overrides: Mapping[str, Any]) -> str:
     else:
         lines.append("evaluated on  nothing (no eval_data): no mAP will be quoted")
     ours = {
-        k: v for k, v in dataclasses.asdict(options).items() if k not in ("teacher", "eval_data", "eval_annotations")
+        k: v
+        for k, v in dataclasses.asdict(options).items()
+        if k not in ("teacher", "targets", "eval_data", "eval_annotations")
     }
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
     return "\n".join([*lines, f"supervision   {listed(ours)}", f"ultralytics   {listed(stock)}"])

@@ -94,6 +94,17 @@ def model_argument(model: Any, download: bool) -> str:
     return name
 
 
+def student_head(name: str) -> tuple[int, list[float]]:
+    """reg_max and the strides of the head that a model argument has, as `model_argument` returns it."""
+    if Path(name).suffix == ".pt":
+        model = safe_checkpoint(name)
+    else:
+        with safe_ultralytics():
+            model = DetectionModel(name, verbose=False)
+    head: Any = model.model[-1]
+    return int(head.reg_max), [float(stride) for stride in head.stride]
+
+
 def strip(file: Path, updates: dict[str, Any] | None) -> dict[str, Any]:
     """Ultralytics' strip_optimizer, replacing the file whole."""
     temporary = Path(file).with_name(f".{file.name}.tmp.pt")

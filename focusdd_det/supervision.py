@@ -21,7 +21,8 @@ from ultralytics.utils.tal import make_anchors
 
 from focusdd_det.config import suggest
 from focusdd_det.errors import ConfigError
-from focusdd_det.losses import ONE2MANY, ONE2ONE, paired_head, supervision_terms
+from focusdd_det.losses import ONE2MANY, ONE2ONE, Supervision, paired_head, supervision_terms
+from focusdd_det.sparse_heads import SparseHeads, sparse_supervision_terms
 
 TEACHER_KEY = "teacher_heads"
 Mode = Literal["labels", "kl", "both"]
@@ -37,6 +38,8 @@ class Options:
     """
 
     teacher: str | None = None
+    targets: str | None = None
+    targets_pool: int = 0
     supervision: Mode = "both"
     kl_cls: float = 1.0
     kl_dfl: float = 1.0
@@ -56,23 +59,33 @@ class Options:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (positive and value == 0):
                 problems.append(f"{key}={value!r}: expected a number {'> 0' if positive else '>= 0'}")
-        for key in ("teacher", "eval_data", "eval_annotations"):
+        for key in ("teacher", "targets", "eval_data", "eval_annotations"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 problems.append(f"{key}={value!r}: expected a path")
         if not isinstance(self.download, bool):
             problems.append(f"download={self.download!r}: expected True or False")
-        if self.supervision in ("kl", "both") and not self.teacher:
+        if isinstance(self.targets_pool, bool) or not isinstance(self.targets_pool, int) or self.targets_pool < 0:
+            problems.append(f"targets_pool={self.targets_pool!r}: expected a whole number from 0 on")
+        if self.supervision in ("kl", "both") and not self.teacher and not self.targets:
             problems.append(
-                f"supervision={self.supervision} needs teacher=<checkpoint>, e.g. teacher=yolo11x.pt; "
-                "supervision=labels trains on the boxes alone"
+                f"supervision={self.supervision} needs teacher=<checkpoint>, e.g. teacher=yolo11x.pt, or "
+                "targets=<folder>; supervision=labels trains on the boxes alone"
             )
+        if self.teacher and self.targets:
+            problems.append("teacher= and targets= are two ways to the same: give the one that is to be used")
         if problems:
             raise ConfigError("the options of the training are not valid:\n  " + "\n  ".join(problems))
 
     @property
     def uses_teacher(self) -> bool:
-        return self.supervision != "labels"
+        """Whether a teacher is asked in the training."""
+        return self.supervision != "labels" and self.teacher is not None
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether what a teacher said beforehand is read."""
+        return self.supervision != "labels" and self.targets is not None
 
     @staticmethod
     def keys() -> tuple[str, ...]:
@@ -115,7 +128,7 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
 
         Args:
             preds: {"boxes": [B, 4 * R, A], "scores": [B, nc, A], "feats": feature maps} of the student.
-            batch: Ultralytics' batch; with the teacher's raw heads under TEACHER_KEY while training.
+            batch: Ultralytics' batch; under TEACHER_KEY, while training, the teacher's raw heads or stored ones.
 
         Returns:
             Vector of five terms times B, and a dict of the terms, detached, not times B.
@@ -129,19 +142,24 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
             vector, items = super().loss(preds, batch)
         kl = torch.zeros(2, device=vector.device)
         if teacher is not None:
-            anchors, _ = make_anchors(preds["feats"], self.stride, 0.5)
-            terms = supervision_terms(
-                preds,
-                paired_head(teacher, self.branch),
-                student_reg_max=self.reg_max,
-                teacher_reg_max=self.teacher_reg_max,
-                anchors=anchors.T.float(),
-                temperature=self.options.kl_temperature,
-                beta=self.options.kl_beta,
-            )
+            terms = self._kl_terms(preds, teacher)
             gains = self.options.kl_cls * self.hyp.cls, self.options.kl_dfl * self.hyp.dfl
             kl = torch.stack((terms.cls * gains[0], terms.box * gains[1]))
         return torch.cat((vector, kl * size)), {**items, **dict(zip(self.kl_names, kl.detach(), strict=True))}
+
+    def _kl_terms(self, preds: dict[str, Any], teacher: Any) -> Supervision:
+        how = {"temperature": self.options.kl_temperature, "beta": self.options.kl_beta}
+        if isinstance(teacher, SparseHeads):
+            return sparse_supervision_terms(preds, teacher, reg_max=self.reg_max, **how)
+        anchors, _ = make_anchors(preds["feats"], self.stride, 0.5)
+        return supervision_terms(
+            preds,
+            paired_head(teacher, self.branch),
+            student_reg_max=self.reg_max,
+            teacher_reg_max=self.teacher_reg_max,
+            anchors=anchors.T.float(),
+            **how,
+        )
 
 
 def build_criterion(model: nn.Module, options: Options, teacher_reg_max: int) -> Any:

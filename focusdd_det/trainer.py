@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.precision import local_amp_check
-from focusdd_det.replay import CleanDataset, ReplayDataset, replay_loader, rewind
+from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, View, replay_loader, rewind
 from focusdd_det.run_files import (
     WholePath,
     checkpoint_argument,
@@ -35,13 +35,16 @@ from focusdd_det.run_files import (
     model_argument,
     resumable_args,
     strip,
+    student_head,
 )
 from focusdd_det.run_guard import guarded
+from focusdd_det.sparse_heads import SparseHeads
 from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
+from focusdd_det.targets import VIEWS, TargetStore
 from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
 from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
 
-ORIGIN_KEY = "focusdd_origin"  # hashes of the set and the teacher, kept in the checkpoint's arguments
+ORIGIN_KEY = "focusdd_origin"  # hashes of the set, the teacher, its stored targets; kept in the checkpoint
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
 OPTIMIZER = "SGD"  # of the official YOLO11 recipe; Ultralytics' `auto` changes optimizer with the number of iterations
 PREFIX = colorstr("focusdd: ")
@@ -81,6 +84,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             given.setdefault("augmentations", [])
         given["task"] = "detect"
         self.teacher: Detector | None = None
+        self.targets: TargetStore | None = None
+        self.pool: Pool | None = None  # of views, with stored targets
         self._teacher_finite: torch.Tensor | None = None  # whether all its outputs of this epoch are; on the device
         self._state: exact_resume.ResumeState | None = None
         self._last_step = -1  # number of the batch after which the optimizer stepped last, counted from epoch 0
@@ -117,7 +122,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
                 "trainer (yolo train ...), or drop it and give teacher= here"
             )
-        if self.args.single_cls and self.options.uses_teacher:
+        if self.args.single_cls and (self.options.uses_teacher or self.options.uses_targets):
             raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
         self.args.data = str(self.source.yaml)
@@ -131,7 +136,10 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         if isinstance(self.args.pretrained, (str, Path)):
             self.args.pretrained = checkpoint_argument(str(self.args.pretrained), self.options.download)
         self._load_teacher(bool(resumed))
+        self._open_targets(bool(resumed))
         self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
+        if self.targets is not None:
+            self.origin["targets"] = self.targets.sha256
         if resumed:
             self._check_origin(before.get(ORIGIN_KEY) or {})
 
@@ -152,6 +160,38 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             ) from error
         self._teacher_sha256 = self.teacher.sha256
 
+    def _open_targets(self, resuming: bool) -> None:
+        if not self.options.uses_targets:
+            return
+        try:
+            self.targets = store = TargetStore(str(self.options.targets))
+        except VerifyError as error:
+            if not resuming:
+                raise
+            raise VerifyError(
+                f"the run that is resumed was taught from {self.options.targets}, which cannot be used now: {error}\n"
+                "Put the folder back, or give its new place with targets=<folder>"
+            ) from error
+        args, names = self.args, self._described["names"]
+        whole = {"multi_scale": 0.0, "rect": False, "fraction": 1.0, "classes": None}
+        if wrong := [key for key, usual in whole.items() if getattr(args, key) != usual]:
+            raise ConfigError(
+                f"{', '.join(wrong)} would give other views than the stored ones; leave them out, or ask the "
+                "teacher in the training with teacher="
+            )
+        if self.options.kl_temperature != 1 and not store.exact:
+            raise ConfigError(
+                f"kl_temperature={self.options.kl_temperature}: what {store.folder} leaves out is summed up at "
+                "temperature 1; give that, use teacher=, or make a store with floor=0 topk=0"
+            )
+        folder = self.source.folder or self.source.yaml.parent
+        described = [str(names[i]) for i in range(len(names))]
+        store.check_set(folder, self.source.manifest_sha256, self.source.count, described)
+        asked = {key: getattr(args, key, None) for key in VIEWS}
+        asked["augmentations"] = list(asked["augmentations"] or [])
+        self.pool = store.check_views(asked, int(args.epochs), int(args.close_mosaic), self.options.targets_pool)
+        store.check_student(*student_head(str(args.model)), str(args.model))
+
     def _check_origin(self, began_with: Mapping[str, str]) -> None:
         if began_with.get("set", self.origin["set"]) != self.origin["set"]:
             raise VerifyError(
@@ -163,6 +203,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             raise WeightsError(
                 f"{self.options.teacher} is another file than the teacher this run began with; put it back, or start a "
                 "new run with this one"
+            )
+        if began_with.get("targets") != self.origin.get("targets"):
+            raise VerifyError(
+                f"targets={self.options.targets} are other ones than this run began with; put those back, or start a "
+                "new run"
             )
 
     def get_dataset(self) -> dict[str, Any]:
@@ -230,7 +275,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if self.eval_source is not None and not self.args.single_cls:
                 rename_classes(dataset, self.eval_source["names"], self.data["names"])
             return dataset
-        dataset = ReplayDataset(**common, seed=self.args.seed)
+        dataset = ReplayDataset(**common, seed=self.args.seed, pool=self.pool)
         if self.source.folder is not None and self.args.fraction == 1.0:
             check_count(dataset, self.source)
         return dataset
@@ -270,7 +315,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         head = model.model[-1]
         if self.teacher is not None:
             self.teacher.to(self.device)
-        reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)
+        reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)  # stored targets have the student's
         model.criterion = build_criterion(model, self.options, reg_max)
         if self.start_epoch and hasattr(model.criterion, "updates"):  # the schedule of YOLO26's two heads
             model.criterion.updates = self.start_epoch - 1
@@ -283,7 +328,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     def _write_focusdd_yaml(self) -> None:
         content = {
             **dataclasses.asdict(self.options),
-            "teacher_sha256": self._teacher_sha256,
+            "teacher_sha256": self.targets.teacher_sha256 if self.targets else self._teacher_sha256,
+            "targets_sha256": self.targets.sha256 if self.targets else "",
             "set_manifest_sha256": self.source.manifest_sha256,
             "annotations": str(self.annotations) if self.annotations else None,
             "versions": {
@@ -297,17 +343,28 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         write_atomic(Path(self.save_dir) / "focusdd.yaml", text.encode())
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ultralytics' own, then the teacher's heads on exactly the pictures that the student will see."""
+        """Ultralytics' own, then the teacher's heads, asked or stored, on the very pictures that the student sees."""
         batch = super().preprocess_batch(batch)
         if self.teacher is not None:
             batch[TEACHER_KEY] = heads = self.teacher.heads(batch["img"])
             finite = all_finite(heads)
             self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
+        elif self.targets is not None:
+            batch[TEACHER_KEY] = self.stored_heads(batch["view"], batch["look"])
         if self._resumed_step is not None:
             # Ultralytics counts accumulated batches from -1 after a resume; shift its threshold to the true count.
             self._nominal = self.accumulate
             self.accumulate += self._resumed_step + 1
         return batch
+
+    def stored_heads(self, views: Sequence[View], looks: Sequence[torch.Tensor]) -> SparseHeads:
+        """What the teacher said about these views, on the training's device.
+
+        Raises:
+            VerifyError: as `TargetStore.heads`.
+        """
+        assert self.targets is not None
+        return self.targets.heads(views, looks).to(self.device)
 
     def _check_teacher_outputs(self) -> None:
         """Asked once an epoch: asking after every batch would wait for the device."""
