@@ -26,10 +26,12 @@ from focusdd_det.cli import build_cls_command, build_command, main, run_main
 from focusdd_det.config import cfg_dir
 from focusdd_det.detect_cli import train, val_coco
 from focusdd_det.detset import read_manifest, verify
+from focusdd_det.store_targets import store_command
 
 TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "tools/build_det_set.py": build_command,
     "tools/train_det.py": train,
+    "tools/store_targets.py": store_command,
     "tools/val_coco.py": val_coco,
     "tools/build_cls_set.py": build_cls_command,
     "tools/relabel_cls.py": relabel_command,
@@ -42,6 +44,7 @@ SMALL = {
     "tools/build_det_set.py": "image_size=64 conf=0.01 min_side=1 near_duplicate=0 threads=1 device=cpu "
     "selector=vit.json download=false",
     "tools/train_det.py": "epochs=1 imgsz=64 batch=4 workers=0 device=cpu plots=False exist_ok=True",
+    "tools/store_targets.py": "imgsz=64 pool=1 batch=4 workers=0 device=cpu",
     "tools/val_coco.py": "imgsz=64 device=cpu subset=True",
     "tools/build_cls_set.py": "ipc=2 image_size=64 near_duplicate=0 threads=1 device=cpu selector=vit.json",
     "tools/relabel_cls.py": "size=32 epochs=1 batch=4 workers=1 device=cpu",
@@ -172,12 +175,14 @@ def test_every_python_command_of_the_readme_runs(
 def test_every_shipped_config_is_read_by_its_tool() -> None:
     from focusdd_det.build import load_class_config, load_config
     from focusdd_det.detect_cli import train_overrides
+    from focusdd_det.store_targets import load_config as load_targets_config
 
     assert {p.name for p in cfg_dir().glob("*.yaml")} == {
         "build_det.yaml", "train_det.yaml", "coco_imagenet.yaml", "caltech101_coco.yaml", "imagenet_more_coco.yaml",
         "build_cls.yaml", "relabel_cls.yaml", "train_cls.yaml", "train_cls_tiny_imagenet.yaml", "train_cls_1000.yaml",
-        "finetune_cls.yaml", "transfer_cls.yaml", "tiny_vit.yaml",
+        "finetune_cls.yaml", "transfer_cls.yaml", "tiny_vit.yaml", "store_targets.yaml",
     }  # fmt: skip
     assert load_config().ipc == 50
     assert load_class_config().ipc == 10
     assert train_overrides({})["optimizer"] == "SGD"
+    assert load_targets_config(data="datasets/focusdd", teacher="yolo11x.pt").floor == 0.01
