@@ -119,11 +119,12 @@ def make_plan(config: SetConfig) -> Plan:
         class_map = read_class_map(find_map(config.class_map), config.levels)
     else:
         class_map = folder_classes(config)
-    problems = [
+    unknown = [
         f"classes: the set has no class `{name}`{suggest(name, class_map.names)}"
         for name in config.classes
         if name not in class_map.names
     ]
+    problems: list[str] = []
     roots: list[Root] = []
     hashes = {"class_map": class_map.sha256}
     notes: list[str] = []
@@ -137,9 +138,11 @@ def make_plan(config: SetConfig) -> Plan:
         hashes[root.name] = digest
         notes += more
     plan, more_problems = _groups(config, class_map, hashes, roots, notes)
-    problems += more_problems if roots else []
-    if problems:
-        raise DataError("the build cannot start:\n  " + "\n  ".join(problems))
+    if roots and not (unknown and len(unknown) == len(config.classes)):
+        problems += more_problems
+    if unknown or problems:
+        kind = DataError if problems else ConfigError
+        raise kind("the build cannot start:\n  " + "\n  ".join(unknown + problems))
     return plan
 
 
@@ -179,7 +182,8 @@ def folder_classes(config: SetConfig) -> ClassMap:
     unknown = [name for name in config.classes if name not in folders.values()]
     if unknown:
         known = sorted(set(folders.values()))
-        raise DataError("; ".join(f"classes: no source has a class `{name}`{suggest(name, known)}" for name in unknown))
+        told = [f"classes: no source has a class `{name}`{suggest(name, known)}" for name in unknown]
+        raise ConfigError("; ".join(told))
     if unusable or not folders:
         raise DataError(
             f"the sources have no class folders, or names that no folder can have: {unusable[:5]}; expected folders "

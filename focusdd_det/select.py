@@ -6,6 +6,7 @@ unused rest. So the composites of a small set are the first ones of a larger set
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -108,16 +109,17 @@ def proposals(
         near: a source whose hash differs in at most this many bits from a chosen one is passed over for good; 0: off.
         banned: positions that turned out to be unusable.
         reserved: the first so many of `order` never become backgrounds (`selection: paper`).
-        reuse: start again from the top when the sources run out (`short_class: reuse`).
+        reuse: start again when the sources run out (`short_class: reuse`), each time one source further on, so that
+            the same sources meet in other groups.
     """
     banned = frozenset(banned)
     kept_back = {int(i) for i in order[:reserved]}
     number = 0
-    while True:
+    for turn in itertools.count():
         used: set[int] = set()
         chosen = _Chosen(phash, near)
-        key_stream = _unused(order, used, banned, chosen)
-        background_stream = _unused(backgrounds, used, banned | kept_back, chosen)
+        key_stream = _unused(np.roll(order, -turn), used, banned, chosen)
+        background_stream = _unused(np.roll(backgrounds, -turn), used, banned | kept_back, chosen)
         first = number
         while True:
             keys = _take(key_stream, n_key, used, chosen)

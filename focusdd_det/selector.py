@@ -18,6 +18,11 @@ from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 
+_NOT_ARCHITECTURE = (
+    "pretrained", "checkpoint", "cache_dir", "weights", "scriptable", "exportable", "no_jit", "features_only",
+    "num_classes", "kwargs_filter", "model_kwargs", "progress",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Selector:
@@ -278,6 +283,26 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
     return state, lf_vit
 
 
+def unsafe_kwargs(kwargs: Any) -> list[str]:
+    """What is wrong with the `kwargs` of a spec file, which go to timm or torchvision as they are.
+
+    A file from outside may say how an architecture is built, never what is read or fetched: timm's `checkpoint_path`
+    would unpickle any file there is.
+    """
+    if not isinstance(kwargs, dict):
+        return ["kwargs must be an object"]
+    problems = []
+    for key, value in kwargs.items():
+        if str(key).startswith(_NOT_ARCHITECTURE):
+            problems.append(f"kwargs may not have `{str(key)[:40]}`: it does not describe an architecture")
+        flat = value if isinstance(value, list) else [value]
+        if not all(v is None or isinstance(v, (bool, int, float, str)) for v in flat) or any(
+            isinstance(v, str) and ("/" in v or "\\" in v or ":" in v) for v in flat
+        ):
+            problems.append(f"kwargs: `{str(key)[:40]}` must be a number, a plain name, or a list of such")
+    return problems
+
+
 def sha256_file(path: Path) -> str:
     """Hash of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -344,4 +369,6 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise WeightsError(f"selector={path}: not a readable JSON ({error}); expected arch, kwargs, classes") from error
     if not isinstance(spec, dict) or not {"arch", "classes"} <= set(spec):
         raise WeightsError(f"selector={path}: expected a JSON object with arch and classes (and kwargs, weights)")
+    if problems := unsafe_kwargs(spec.get("kwargs", {})):
+        raise WeightsError(f"selector={path}: {'; '.join(problems)}")
     return spec

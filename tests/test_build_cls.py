@@ -214,7 +214,7 @@ def test_classes_by_map_and_by_name(bench: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [
-        ({"classes": ["n2"]}, DataError, "did you mean n02"),
+        ({"classes": ["n2"]}, ConfigError, "did you mean n02"),
         ({"method": "realizm"}, ConfigError, "did you mean realism"),
         ({"sources": ["PHOTOS/.."]}, DataError, "PHOTOS"),
         ({"sources": ["nowhere"]}, DataError, "no source folder nowhere"),

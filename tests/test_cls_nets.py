@@ -167,3 +167,21 @@ def test_a_spec_that_is_wrong_is_refused(tmp_path: Path, change: dict[str, objec
     (tmp_path / "x.json").write_text(json.dumps({"arch": "test_resnet", "classes": ["a", "b"], **change}))
     with pytest.raises(WeightsError, match=words):
         read_spec(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"checkpoint_path": "evil.pth"}, {"pretrained": True}, {"pretrained_cfg_overlay": {"file": "evil.pth"}},
+        {"cache_dir": "x"}, {"img_size": {"a": 1}}, {"norm_layer": "../x"}, {"num_classes": 4},
+    ],
+)  # fmt: skip
+def test_a_spec_says_how_to_build_and_never_what_to_read(kwargs: dict[str, object], tmp_path: Path) -> None:
+    """timm's own loader would unpickle what `checkpoint_path` names."""
+    path = tmp_path / "spec.json"
+    content = {"arch": "vit_tiny_patch16_224", "kwargs": kwargs, "classes": ["a", "b"], "weights": "w.safetensors"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match="kwargs"):
+        read_spec(path)
+    with pytest.raises(WeightsError, match="kwargs"):
+        load_selector(str(path), None)

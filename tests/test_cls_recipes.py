@@ -47,11 +47,44 @@ def test_the_recipes_say_what_the_paper_says() -> None:
     assert shipped["transfer_cls.yaml"]["epochs"] == 10
 
 
-@pytest.mark.parametrize("recipe", ["train_cls_tiny_imagenet.yaml", "train_cls_1000.yaml", "transfer_cls.yaml"])
-def test_every_recipe_is_taken(recipe: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+RECIPES = (
+    "train_cls_tiny_imagenet.yaml",
+    "train_cls_1000.yaml",
+    "transfer_cls.yaml",
+    "tiny_vit.yaml",
+    "finetune_cls.yaml",
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_passes_every_check(recipe: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"cfg={recipe}", f"data={pictures}", f"eval_data={pictures}", "labels=hard", "--dry-run"]
     assert run_main(train, words) == 0
     assert f"epochs={read_yaml(cfg_dir() / recipe)['epochs']}" in capsys.readouterr().out
+
+
+def test_the_optimizer_that_results(tmp_path: Path, pictures: Path) -> None:
+    """The recipe as AdamW gets it: no learning rate above lr0 in a warm-up, decay as written, no accumulation."""
+    from focusdd_det.classify.trainer import FocusDDClassificationTrainer
+
+    seen: list[list[tuple[str, float, float]]] = []
+
+    def look(trainer: FocusDDClassificationTrainer) -> None:
+        groups = trainer.optimizer.param_groups
+        seen.append([(g["param_group"], g["lr"], g["weight_decay"]) for g in groups])
+        assert trainer.accumulate == 1
+
+    overrides = {
+        "model": NET, "data": str(pictures), "eval_data": None, "labels": "hard", "imgsz": 32, "batch": 4, "epochs": 3,
+        "warmup_epochs": 2, "plots": False, "device": "cpu", "project": str(tmp_path), "name": "run",
+    }  # fmt: skip
+    trainer = FocusDDClassificationTrainer(overrides=overrides)
+    trainer.add_callback("on_train_batch_end", look)
+    trainer.train()
+    assert type(trainer.optimizer).__name__ == "AdamW"
+    assert all(0 <= lr <= 1e-3 for step in seen for _, lr, _ in step)
+    assert {name: decay for name, _, decay in seen[0]} == {"weight": 0.01, "bn": 0.0, "bias": 0.0}
+    assert seen[-1][0][1] < 0.5e-3  # the cosine has come down
 
 
 def test_dynamic_fine_tuning_goes_on_from_a_student_and_measures_the_same_way(tmp_path: Path, pictures: Path) -> None:
@@ -124,6 +157,17 @@ def test_continual_learning_measures_on_the_classes_seen_and_goes_on(
     capsys.readouterr()
     assert run_main(continual_command, [*words, "steps=3", "lr0=0.5", f"out={out}"]) == 2
     assert "another experiment (arguments differ)" in capsys.readouterr().err
+    (out / "experiment.json").write_text("{")
+    assert run_main(continual_command, [*words, "steps=3", f"out={out}"]) == 6
+    assert "experiment.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert run_main(continual_command, [*words, "steps=3", f"out={tmp_path / 'file'}"]) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    assert run_main(continual_command, [*words, "steps=3", f"out={pictures / 'x'}"]) == 2
+    assert "would lie inside" in capsys.readouterr().err
+    assert not (pictures / "x").exists()
+    assert run_main(continual_command, [*words, "steps=3", f"out={tmp_path / 'x'}", "--dry-run"]) == 0
+    assert not (tmp_path / "x").exists()
     assert run_main(continual_command, [*words, "steps=9", f"out={tmp_path / 'x'}"]) == 2
     assert "expected 1 to 3" in capsys.readouterr().err
     assert run_main(continual_command, [*words, "stps=3", f"out={tmp_path / 'x'}"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,31 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, pictures: Path, capsys: pytest
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("extra", "code", "told"),
+    [
+        (["store=nowhere", "labels=store"], 6, "nowhere"),
+        (["imgsz=33"], 2, "multiple of 32"),
+        (["model=resnet17"], 4, "resnet17"),
+        (["batch=0"], 2, "batch=0"),
+        (["resume=nowhere"], 4, "nowhere"),
+    ],
+)
+def test_a_dry_run_makes_every_check(
+    extra: list[str], code: int, told: str, tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [word for word in words(tmp_path, pictures) if not (word.startswith("labels") and len(extra) == 2)]
+    assert run_main(command, [*given, *extra, "--dry-run"]) == code
+    assert told in capsys.readouterr().err
+
+
+def test_accuracy_on_the_training_pictures_is_not_called_a_headline(tmp_path: Path, pictures: Path) -> None:
+    given = [*words(tmp_path, pictures), f"data={pictures / 'train'}", f"eval_data={pictures / 'train'}"]
+    assert run_main(command, [*given, "name=same"]) == 0
+    last = json.loads(next(tmp_path.rglob("same/accuracy.json")).read_text())["last"]
+    assert last["meaning"] == "on the pictures it was trained on: not a measure of quality"
+
+
 def test_a_file_of_options_and_the_shipped_recipes(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("epochs: 7\nsubset_ipc: 3\n")
@@ -115,7 +141,7 @@ def test_the_tool_trains(tmp_path: Path, pictures: Path) -> None:
 def test_an_interrupted_run_says_how_to_go_on(
     tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ultralytics.utils.callbacks import default_callbacks
+    from ultralytics.utils.callbacks.base import default_callbacks
 
     def stop(trainer: Any) -> None:
         if trainer.epoch == 1:

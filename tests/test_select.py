@@ -90,9 +90,10 @@ def test_running_out_of_sources_ends_or_starts_again() -> None:
     order, phash = np.arange(5), np.arange(5).astype(np.uint64)
     assert len(list(proposals(order, order, phash, 3, 1))) == 1
     reused = proposals(order, order, phash, 3, 1, reuse=True)
-    first, second = next(reused), next(reused)
-    assert (first.keys, second.keys) == ((0, 1, 2), (0, 1, 2))
-    assert second.number == 1
+    groups = [next(reused) for _ in range(4)]
+    assert [g.keys for g in groups] == [(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 0)]  # other company each time
+    assert [g.backgrounds for g in groups] == [(3,), (4,), (0,), (1,)]
+    assert [g.number for g in groups] == [0, 1, 2, 3]
     assert list(proposals(order[:2], order[:2], phash, 3, 1, reuse=True)) == []
 
 

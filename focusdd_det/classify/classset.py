@@ -53,6 +53,13 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def place(self) -> Path:
+        """The folder that holds the class folders; equal for two readings of the same pictures."""
+        first = Path(self.paths[0]) if self.paths else Path()
+        depth = first.parts.index(self.names[int(self.classes[0])]) if self.paths and not self.is_ours else 0
+        return self.folder.resolve().joinpath(*first.parts[:depth])
+
     def only(self, names: Sequence[str]) -> ClassSet:
         """The pictures of these classes, numbered in their order.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from focusdd_det.config import suggest
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import WeightsError
-from focusdd_det.selector import read_state
+from focusdd_det.selector import read_state, unsafe_kwargs
 
 TORCHVISION = ("resnet18", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0")
 _TORCHVISION_HEAD = {"resnet": "fc", "mobilenet_v2": "classifier.1", "efficientnet": "classifier.1"}
@@ -198,8 +198,7 @@ def read_spec(path: Path) -> Spec:
         problems.append("classes must name what the outputs of its weights stand for")
     elif len(set(classes)) != len(classes):
         problems.append("classes names one twice")
-    if not isinstance(kwargs, dict):
-        problems.append("kwargs must be an object")
+    problems += unsafe_kwargs(kwargs)
     if weights is not None and (not isinstance(weights, str) or Path(weights).name != weights):
         problems.append(f"weights must name a file beside the JSON, got {weights!r}")
     if size is not None and (type(size) is not int or size < 1):

@@ -87,15 +87,13 @@ def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan(overrides: Mapping[str, Any]) -> str:
-    """What a training would do, after every check that needs no network to be built. Writes nothing."""
-    if overrides.get("resume"):
-        return f"resume {overrides['resume']} with {listed({k: v for k, v in overrides.items() if k != 'resume'})}"
-    from focusdd_det.classify.classset import read_class_set
+    """What a training would do, after every check that it would make itself. Writes nothing."""
+    from focusdd_det.classify.trainer import checked
 
-    options = Options.of(overrides)
-    data = read_class_set(str(overrides.get("data")), "train")
+    trainer = checked(overrides)
+    options, data = trainer.options, trainer.train_set
     lines = [
-        f"model         {overrides.get('model')}",
+        f"model         {trainer.args.model}",
         f"data          {data.folder}: {len(data)} pictures of {len(data.names)} classes (sha256 {data.sha256[:12]})",
     ]
     if options.labels == "store":
@@ -104,12 +102,13 @@ def plan(overrides: Mapping[str, Any]) -> str:
         lines.append(f"labels        of {options.teacher} {options.teacher_weights or ''}, asked during the training")
     else:
         lines.append("labels        the class folders")
-    if options.eval_data:
-        evaluation = read_class_set(options.eval_data, "val")
-        lines.append(f"evaluated on  {evaluation.folder}: {len(evaluation)} pictures")
+    if trainer.eval_set is not None:
+        lines.append(f"evaluated on  {trainer.eval_set.folder}: {len(trainer.eval_set)} pictures")
     else:
         lines.append("evaluated on  nothing (eval_data=none): no accuracy will be quoted")
-    lines.append(f"every         {options.interval(int(overrides['epochs']))} epochs: measured and saved")
+    lines.append(f"every         {options.interval(int(trainer.args.epochs))} epochs: measured and saved")
+    if overrides.get("resume"):
+        lines.insert(0, f"resume        {overrides['resume']}")
     told = ("labels", "store", "teacher", "teacher_weights", "eval_data", "every")
     ours = {key: value for key, value in dataclasses.asdict(options).items() if key not in told}
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}

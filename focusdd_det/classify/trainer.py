@@ -54,6 +54,7 @@ ORIGIN_KEY = "focusdd_origin"  # hashes of the set, the teacher and the store, k
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
 SHIPPED = "train_cls.yaml"
 STRIDE = 32
+ON_TRAINING = "on the pictures it was trained on: not a measure of quality"
 PREFIX = colorstr("focusdd: ")
 TOP1, TOP5 = "metrics/accuracy_top1", "metrics/accuracy_top5"
 MOVABLE = ("teacher", "teacher_weights", "store", "eval_data")  # own options that a resumed run may be given anew
@@ -82,6 +83,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
     origin: dict[str, str]
     train_set: ClassSet
     eval_set: ClassSet | None
+    eval_is_training: bool
     loss_names: tuple[str, ...]
     best_fitness: float | None
 
@@ -130,10 +132,9 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         self._check_arguments()
         run = Path(get_save_dir(self.args))
         self._read_data()
-        if self.train_set.is_ours and run.resolve().is_relative_to(self.train_set.folder.resolve()):
-            raise ConfigError(
-                f"the run folder {run} would lie inside the set {self.train_set.folder}; give project=<elsewhere>"
-            )
+        for data in (self.train_set, self.eval_set):
+            if data is not None and run.resolve().is_relative_to(data.folder.resolve()):
+                raise ConfigError(f"the run folder {run} would lie inside {data.folder}; give project=<elsewhere>")
         self._prepare_labels()
         self._student = make_student(
             self.args.model,
@@ -215,9 +216,10 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             self.train_set = self.train_set.only([names[i] for i in indices])
         if len(self.train_set) < 2:
             raise DataError(f"{self.args.data} has {len(self.train_set)} pictures; expected at least two")
-        self.eval_set = None
+        self.eval_set, self.eval_is_training = None, False
         if self.options.eval_data:
             self.eval_set = read_class_set(self.options.eval_data, "val", self.train_set.names)
+            self.eval_is_training = self.eval_set.place == self.train_set.place
 
     def _prepare_labels(self) -> None:
         options, size = self.options, int(self.args.imgsz)
@@ -382,6 +384,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
                 )
             if self.eval_set is None:
                 LOGGER.info(f"{PREFIX}eval_data=none: nothing is measured")
+            if self.eval_is_training:
+                LOGGER.warning(f"{PREFIX}eval_data is the training data: accuracy is measured {ON_TRAINING}")
             self._write_focusdd_yaml()
 
     def _write_focusdd_yaml(self) -> None:
@@ -600,10 +604,11 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
                 device=self.device,
                 workers=int(self.args.workers),
             )
-            result["last"] = {"epoch": self.epoch + 1, "meaning": "headline", **dataclasses.asdict(measured)}
+            meaning = ON_TRAINING if self.eval_is_training else "headline"
+            result["last"] = {"epoch": self.epoch + 1, "meaning": meaning, **dataclasses.asdict(measured)}
             LOGGER.info(
                 f"{PREFIX}last epoch ({self.epoch + 1}): top-1 {measured.top1:.2f} top-5 {measured.top5:.2f} on "
-                f"{measured.n} pictures of {self.options.eval_data} (headline)"
+                f"{measured.n} pictures of {self.options.eval_data} ({meaning})"
             )
             if self._best is not None:
                 LOGGER.info(
@@ -618,6 +623,34 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
 
         plot_curves(Path(self.csv), Path(self.save_dir) / "results.png")
         self.on_plot(Path(self.save_dir) / "results.png")
+
+
+class _CheckedError(Exception):
+    """All checks were passed; no error, but the way out of Ultralytics' constructor."""
+
+    def __init__(self, trainer: FocusDDClassificationTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+
+class _CheckOnly(FocusDDClassificationTrainer):
+    """Stops where Ultralytics would make the run folder."""
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        super().check_resume(overrides)
+        raise _CheckedError(self)
+
+
+def checked(overrides: Mapping[str, Any]) -> FocusDDClassificationTrainer:
+    """A trainer that has checked its arguments, data, labels and student, and has written nothing.
+
+    Raises:
+        FocusDDError: as the trainer.
+    """
+    try:
+        return _CheckOnly(overrides=dict(overrides))
+    except _CheckedError as passed:
+        return passed.trainer
 
 
 class LiveWeights:

@@ -47,6 +47,11 @@ def test_everything_wrong_with_the_sources_in_one_message(workshop: Workshop, tm
     assert not (tmp_path / "set.incomplete").exists()
 
 
+def test_a_misspelt_class_alone_is_a_mistake_in_the_command(workshop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no class `bal`, did you mean ball\?"):
+        workshop.build(tmp_path / "set", classes=["bal"], **NO_MODELS)
+
+
 def test_everything_wrong_with_a_map_in_one_message(workshop: Workshop, tmp_path: Path) -> None:
     """Synsets that are misspelt or not of ImageNet-1K, a synset in two classes, two classes with one id."""
     (tmp_path / "map.yaml").write_text(
