@@ -11,17 +11,22 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from class_data import CLASSES, tiny_net, write_class_folders, write_class_set, write_shuffled_teacher, write_teacher
 from conftest import REPOSITORY
 from safetensors.torch import load_file
+from torch import nn
 
 from focusdd_det import detset
 from focusdd_det.classify import relabel as relabelling
 from focusdd_det.classify import store as logit_store
+from focusdd_det.classify.accuracy import Accuracy
 from focusdd_det.classify.relabel import load_config, relabel, relabel_command
 from focusdd_det.classify.store import LogitStore
+from focusdd_det.classify.teacher import ClassTeacher
 from focusdd_det.config import cfg_dir, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 
@@ -294,3 +299,140 @@ def test_the_size_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> Non
     shutil.rmtree(place.set)
     with pytest.raises(DataError, match="not a folder"):
         relabel_command([f"data={place.set}", "teacher=x", "eval_data=none", "--dry-run"])
+
+
+def test_a_store_that_is_all_but_published_is_only_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    relabel(place.config())
+    log = (place.out() / logit_store.LOG).read_bytes()
+    before = content(place.out())
+    place.out().replace(place.out("out.incomplete"))
+    monkeypatch.setattr(relabelling, "_Job", None)  # nothing is labelled
+    with monkeypatch.context() as patch:
+        replace = Path.replace
+
+        def refused(self: Path, target: Path) -> Path:
+            if target == place.out():
+                raise OSError(13, "Permission denied")
+            return replace(self, target)
+
+        patch.setattr(Path, "replace", refused)
+        with pytest.raises(DiskError, match=r"complete in .* cannot be renamed(.|\n)*same command again"):
+            relabel(place.config())
+    relabel(place.config(workers=2))
+    assert content(place.out()) == before and (place.out() / logit_store.LOG).read_bytes() == log
+    assert not place.out("out.incomplete").exists()
+
+
+def test_a_sealed_unfinished_store_that_was_damaged_is_mended(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    relabel(place.config())
+    before = content(place.out())
+    work = place.out().replace(place.out("out.incomplete"))
+    (work / "epoch_00002.safetensors").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stop):
+            relabel(place.config())
+    assert not (work / "COMPLETE").exists()
+    relabel(place.config())
+    assert content(place.out()) == before
+
+
+class Sharp(nn.Module):
+    """One logit towers in dark pictures; in bright ones all are alike."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dark = (x.mean(dim=(1, 2, 3)) < 0.5).float()
+        return torch.stack([20 * dark, 0 * dark, 0 * dark], dim=1)
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 8])
+def test_the_mass_of_topk_is_measured_on_all_classes(
+    place: Place, monkeypatch: pytest.MonkeyPatch, epochs: int
+) -> None:
+    data = place.folder / "plain"
+    for name, level in (("a", 0), ("b", 255), ("c", 255)):
+        (data / name).mkdir(parents=True)
+        for i in range(8):
+            (data / name / f"{i}.png").write_bytes(
+                bytes(cv2.imencode(".png", np.full((32, 32, 3), level, np.uint8))[1])
+            )
+    teacher = ClassTeacher(Sharp(), "sharp", "0" * 64, "1" * 64, ("a", "b", "c"))
+    monkeypatch.setattr(relabelling, "load_classifier", lambda *_: teacher)
+    monkeypatch.setattr(relabelling, "PILOT", 6)
+    common = {"data": str(data), "topk": 1, "temperature": 1.0, "cutmix": 0.0, "epochs": epochs}
+    # of six views two are of the dark class: (2 * 1 + 4 / 3) / 6
+    with pytest.raises(ConfigError, match=r"only 55\.6 % .*33\.3 % in the flattest of 6 views.*topk=3 would do"):
+        relabel(place.config(**common))
+    monkeypatch.setattr(relabelling, "LEAST_MASS", 0.5)
+    relabel(place.config(**common))
+    assert LogitStore(place.out()).description["mass"] == {"mean": 0.5556, "least": 0.3333}
+
+
+@pytest.mark.parametrize(("epochs", "pictures"), [(256, 1000), (300, 1000), (1, 257), (1000, 3), (7, 50)])
+def test_the_pilot_is_spread_over_epochs_and_pictures(epochs: int, pictures: int) -> None:
+    places = [divmod(position, pictures) for position in relabelling._pilot(epochs, pictures)]
+    assert len(places) == 256
+    for axis, n in ((0, epochs), (1, pictures)):
+        tenths = [sum(place[axis] * 10 // n == tenth for place in places) for tenth in range(10)]
+        assert min(tenths) >= 15 or n < 10
+        assert len({place[axis] for place in places}) >= min(n, 100)
+
+
+def test_a_full_disk_is_said_before_the_teacher_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stop):
+            relabel(place.config())
+    with monkeypatch.context() as patch:
+        patch.setattr(logit_store.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))  # one epoch more, not two
+        patch.setattr(relabelling, "_Job", None)
+        with pytest.raises(DiskError, match="GB needed"):
+            relabel(place.config(topk=3, out=str(place.out("other"))))
+        patch.undo()
+        patch.setattr(logit_store.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))
+        relabel(place.config())
+    assert not place.out("other.incomplete").exists()
+
+
+@pytest.mark.parametrize(("top1", "warned"), [(80.0, False), (56.0, False), (54.0, True)])
+def test_near_chance_counts_from_chance(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, top1: float, warned: bool
+) -> None:
+    two = write_class_set(place.folder / "two", names=CLASSES[:2])
+    val = write_class_folders(place.folder / "val", CLASSES[:2])
+    monkeypatch.setattr(relabelling, "accuracy", lambda *_: Accuracy(top1, 100.0, 4, {}))
+    monkeypatch.setattr(relabelling.log, "propagate", True)
+    relabel(place.config(data=str(two), eval_data=str(val), epochs=1))
+    assert ("near chance" in caplog.text) is warned
+
+
+def test_the_next_command_says_what_the_store_needs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"data={place.set}", f"teacher={place.teacher}", "eval_data=none", "epochs=1", "device=cpu", "batch=4"]
+    assert relabel_command([*words, "size=32", "topk=3", "temperature=0.2"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(" eval_data=none imgsz=32 temperature=0.2")
+    assert relabel_command([*words, "size=224", f"out={place.out()}"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(" eval_data=none")
+    assert parse_yaml((cfg_dir() / "train_cls.yaml").read_text())["imgsz"] == relabelling.TRAINED_AT
+
+
+def test_another_kind_of_device_does_not_go_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stop):
+            relabel(place.config())
+    load = relabelling.load_classifier
+    monkeypatch.setattr(relabelling, "_device", lambda _: "cuda:1")
+    monkeypatch.setattr(relabelling, "load_classifier", lambda *a: load(*a[:4], "cpu", *a[5:]))
+    with pytest.raises(ConfigError, match=r'begun otherwise(.|\n)*teacher\.device: "cpu", now "cuda"'):
+        relabel(place.config())
+
+
+def test_a_refused_relabel_leaves_no_empty_folder(place: Place) -> None:
+    with pytest.raises(ConfigError, match="would do"):
+        relabel(place.config(topk=2, temperature=1e5))
+    assert not place.out("out.incomplete").exists()
+    place.out("out.incomplete").mkdir()
+    with pytest.raises(ConfigError, match="would do"):
+        relabel(place.config(topk=2, temperature=1e5))
+    assert place.out("out.incomplete").is_dir()  # somebody else's

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from class_data import CLASSES, write_class_set, write_teacher
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
+from focusdd_det.classify import store as logit_store
 from focusdd_det.classify.classset import read_class_set
 from focusdd_det.classify.loss import soft_cross_entropy, soft_cross_entropy_topk
 from focusdd_det.classify.relabel import load_config, relabel
 from focusdd_det.classify.store import LogitStore, bytes_of_epoch, is_store, remove_store
 from focusdd_det.classify.teacher import load_classifier
-from focusdd_det.classify.views import ViewDataset, ViewSettings, draw
+from focusdd_det.classify.views import FIELDS, ViewDataset, ViewSettings, draw
+from focusdd_det.detset import sha256
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
 
 POOL = 3
@@ -174,3 +180,127 @@ def test_only_a_store_is_removed(made: Path, tmp_path: Path) -> None:
     assert not is_store(tmp_path / "other")
     with pytest.raises(DiskError, match="not removed"):
         remove_store(tmp_path / "other")
+
+
+Change = Callable[[Any], object]
+
+
+def resealed(made: Path, folder: Path, name: str = "whole", described: Change = id, tensors: Change = id) -> Path:
+    """A copy whose store.json or first epoch somebody changed, with hashes that fit."""
+    shutil.copytree(made / name, folder)
+    description = json.loads((folder / "store.json").read_text())
+    described(description)
+    (folder / "store.json").write_text(json.dumps(description))
+    held = load_file(folder / "epoch_00000.safetensors")
+    tensors(held)
+    save_file({key: value.contiguous() for key, value in held.items()}, folder / "epoch_00000.safetensors")
+    seal = {path.name: sha256(path.read_bytes()) for path in [folder / "store.json", *folder.glob("epoch_*")]}
+    (folder / "COMPLETE").write_text(json.dumps(seal))
+    return folder
+
+
+def cell(field: str, value: int) -> Change:
+    """Sets a field of picture 4's view."""
+    return lambda held: held["views"][4].__setitem__(FIELDS.index(field), value)
+
+
+def box(*values: int) -> Change:
+    return lambda held: held["views"][4, 5:].copy_(torch.tensor(values))
+
+
+def to(key: str, dtype: torch.dtype) -> Change:
+    return lambda held: held.update({key: held[key].to(dtype)})
+
+
+def put(key: str, value: float) -> Change:
+    return lambda held: held[key][4].fill_(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("whole", cell("x", -1), "picture 4: the crop -1, "),
+        ("whole", cell("w", 0), "picture 4: the crop .* x .* lies in no picture"),
+        ("whole", cell("flip", 2), "picture 4: the flip 2"),
+        ("whole", box(7, 0, 0, 4, 4), "picture 4: the partner 7 is not one of 7"),
+        ("whole", box(-2, 0, 0, 0, 0), "picture 4: the partner -2"),
+        ("whole", box(1, -8, 0, 300, 32), "picture 4: the box -8, 0, 300 x 32 .*32 px"),
+        ("whole", box(1, 30, 0, 3, 4), "picture 4: the box 30"),
+        ("whole", box(1, 0, 0, 0, 0), "picture 4: the box 0"),
+        ("whole", box(-1, 0, 0, 4, 4), "picture 4: the box .* partner -1"),
+        ("whole", to("views", torch.float32), "F32.*expected.*I32"),
+        ("whole", to("logits", torch.float64), "F64.*expected.*F16"),
+        ("whole", put("logits", float("nan")), "picture 4: logits that are not finite"),
+        ("top2", put("values", float("inf")), "picture 4: values that are not finite"),
+        ("top2", put("rest", float("nan")), "picture 4: a rest"),
+        ("top2", lambda held: held["indices"][4, 0].fill_(3), "picture 4: indices beyond the 3 classes"),
+        ("top2", lambda held: held["indices"][4, 0].fill_(-1), "picture 4: indices beyond"),
+        ("top2", put("indices", 1), "picture 4: indices that name a class twice"),
+    ],
+)
+def test_a_sealed_epoch_that_cannot_be_is_refused(
+    made: Path, tmp_path: Path, name: str, change: Change, message: str
+) -> None:
+    store = LogitStore(resealed(made, tmp_path / "store", name, tensors=change))
+    with pytest.raises(VerifyError, match=rf"epoch_00000\.safetensors: .*{message}.*relabel_cls"):
+        store.row(0, 0)
+    store.row(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("teacher"), "'teacher' is missing"),
+        (lambda d: d.update(teacher=["resnet18"]), "teacher: expected"),
+        (lambda d: d["teacher"].update(sha256=3), r"teacher\.sha256"),
+        (lambda d: d["set"].update(names=[1, 2, 3]), r"set\.names"),
+        (lambda d: d["set"].update(names="abc"), r"set\.names"),
+        (lambda d: d["set"].update(n="7"), r"set\.n"),
+        (lambda d: d.update(set=[]), "not a description"),
+        (lambda d: d.update(topk=4), "topk: expected 0 to 3"),
+        (lambda d: d.update(pool=3.5), "pool"),
+        (lambda d: d.update(pool=10**15), "COMPLETE does not name"),
+        (lambda d: d.update(temperature=float("nan")), "temperature"),
+        (lambda d: d["views"].update(size=32.5), "whole size"),
+        (lambda d: d["views"].update(scale="ab"), r"views\.scale"),
+        (lambda d: d.update(accuracy=[1]), "accuracy: expected"),
+    ],
+)
+def test_a_sealed_description_of_other_types_is_refused(
+    made: Path, tmp_path: Path, change: Change, message: str
+) -> None:
+    with pytest.raises(VerifyError, match=message):
+        LogitStore(resealed(made, tmp_path / "store", described=change))
+
+
+@pytest.mark.parametrize("whose", ["own", "partner"])
+def test_a_stored_crop_outside_its_picture_names_store_and_picture(made: Path, tmp_path: Path, whose: str) -> None:
+    def change(held: Any) -> None:
+        held["views"][4] = torch.tensor([0, 0, 33, 8, 0, -1, 0, 0, 0, 0])
+        held["views"][2] = torch.tensor([0, 0, 8, 8, 0, 4, 0, 0, 4, 4])
+
+    class_set = read_class_set(made / "set", "train")
+    store = LogitStore(resealed(made, tmp_path / "other", tensors=change))
+    data = ViewDataset(class_set, store.settings, store=store)
+    with pytest.raises(VerifyError, match=rf"other, epoch 0: the crop 0, 0, 33 x 8 .*{class_set.paths[4]} of 32 x 32"):
+        data[(0, 4 if whose == "own" else 2)]
+
+
+def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, hashed = tmp_path / "hashed", logit_store.sha256_file
+
+    def counted(path: Path) -> str:
+        with counter.open("a") as file:
+            file.write(f"{path.name}\n")
+        time.sleep(0.3)  # so that the other one comes meanwhile
+        return hashed(path)
+
+    monkeypatch.setattr(logit_store, "sha256_file", counted)
+    store = LogitStore(made / "whole")
+    data = ViewDataset(read_class_set(made / "set", "train"), store.settings, store=store)
+    places: Any = [(epoch, index) for epoch in range(POOL) for index in range(4)]
+    loader = DataLoader(data, 1, sampler=places, num_workers=2, multiprocessing_context="fork")
+    assert len([batch["index"] for batch in loader]) == len(places)
+    for epoch in range(POOL):
+        store.row(epoch, 0)
+    assert sorted(counter.read_text().split()) == [logit_store.epoch_name(epoch) for epoch in range(POOL)]

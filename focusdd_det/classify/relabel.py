@@ -2,10 +2,15 @@
 
 result = relabel(load_config(data="datasets/focusdd_cls", teacher="resnet18", teacher_weights="resnet18.pth",
                              eval_data="imagenet/val"))
+
+A store is known by what its labels follow from (`_description`); the same config finds it, or goes on with it. Of a set
+of ours that is every byte of its pictures, of plain class folders only the files' names and sizes: a picture that was
+replaced by another one of as many bytes is not noticed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -37,9 +42,12 @@ from focusdd_det.types import Image
 log = logging.getLogger("focusdd")
 
 LEAST_MASS = 0.90  # of softmax(t/T) that the top k must hold
-PILOT = 256  # views that the mass is measured on before anything is labelled
+PILOT = 256  # views, spread over epochs and pictures, that the mass is measured on before anything is labelled
+NEAR_CHANCE = 0.1  # of the way from guessing to all right
+MEASURED = ("accuracy", "mass")  # of store.json: known once the teacher was asked
 PACKAGES = ("torch", "torchvision", "timm", "albumentations", "opencv-python", "pillow", "numpy")
 NOT_MEASURED = "none"
+TRAINED_AT = 224  # imgsz of cfg/train_cls.yaml
 
 USAGE = """Store a teacher's logits for every view that a classifier will be trained on.
 
@@ -130,7 +138,12 @@ def relabel_command(argv: Sequence[str]) -> int:
         return 0
     result = relabel(config)
     print(f"{result.folder}: {config.epochs} epochs of views, {result.size / 1e6:.1f} MB")
-    print(f"next: python tools/train_cls.py data={config.data} store={result.folder} eval_data={config.eval_data}")
+    words = [f"data={config.data}", f"store={result.folder}", f"eval_data={config.eval_data}"]
+    if config.size != TRAINED_AT:
+        words.append(f"imgsz={config.size}")
+    if config.topk:  # the rest was summed at it
+        words.append(f"temperature={config.temperature}")
+    print("next: python tools/train_cls.py " + " ".join(words))
     return 0
 
 
@@ -171,35 +184,55 @@ def relabel(config: RelabelConfig) -> RelabelResult:
         str(config.teacher), config.teacher_weights, class_set.names, config.size, device, config.precision,
         config.download,
     )  # fmt: skip
-    description = _description(config, class_set, eval_set, teacher)
+    description = _description(config, class_set, eval_set, teacher, device)
     finished = _finished(out, description, config.overwrite)
     if finished is not None:
         log.info("%s is this store, complete and intact", out)
         return finished
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
-    with detset.locked(work):
+    with _workplace(work):
         old = _begun(work, description, config.overwrite)
-        job = _Job(config, class_set, teacher, device)
-        description["accuracy"] = old["accuracy"] if old else _measure(job, eval_set)
-        description["mass"] = old["mass"] if old else job.mass()
-        writer = StoreWriter(work, description)
+        writer = StoreWriter(work, config.epochs)
         missing = writer.missing()
         per_epoch = logit_store.bytes_of_epoch(len(class_set), len(class_set.names), config.topk)
         logit_store.require_space(work, int(len(missing) * (per_epoch + 1000) * 1.02) + 100_000)
         if old:
             log.info("going on in %s: %d of %d epochs are there", work, config.epochs - len(missing), config.epochs)
-        with progress_bar(len(missing) * len(class_set), "labelling views") as bar:
-            for epoch, tensors in job.label(missing, bar.update):
-                writer.add(epoch, tensors)
+            description |= {key: old[key] for key in MEASURED}
+        if missing:
+            job = _Job(config, class_set, teacher, device)
+            if not old:
+                description |= {"accuracy": _measure(job, eval_set), "mass": job.mass()}
+            writer.begin(description)
+            with progress_bar(len(missing) * len(class_set), "labelling views") as bar:
+                for epoch, tensors in job.label(missing, bar.update):
+                    writer.add(epoch, tensors)
+        else:
+            writer.begin(description)
         writer.finish(_log(config, device, time.monotonic() - started))
     _publish(work, out, config.overwrite)
     return _result(out, description)
 
 
 # --- before the work
+
+
+@contextlib.contextmanager
+def _workplace(work: Path) -> Iterator[None]:
+    """The folder that a store is built in, locked. If this made it and leaves nothing in it, it goes again."""
+    is_new = not work.exists()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
+    with detset.locked(work):
+        try:
+            yield
+        except BaseException:
+            if is_new and [path.name for path in work.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):
+                    (work / ".lock").unlink()
+                    work.rmdir()
+            raise
 
 
 def _out(config: RelabelConfig, class_set: ClassSet) -> Path:
@@ -223,9 +256,13 @@ def _device(device: str) -> str:
 
 
 def _description(
-    config: RelabelConfig, class_set: ClassSet, eval_set: ClassSet | None, teacher: ClassTeacher
+    config: RelabelConfig, class_set: ClassSet, eval_set: ClassSet | None, teacher: ClassTeacher, device: str
 ) -> dict[str, Any]:
-    """Everything that decides the bytes; `accuracy` and `mass` are added once they are measured."""
+    """What the labels follow from; `accuracy` and `mass` are added once they are measured.
+
+    Views follow from it to the last bit. So do logits on the same machine; another number of torch's threads, or
+    another model of processor or GPU, may change their last digits. The log says what it was.
+    """
     views = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config.views).items()}
     return {
         "format": logit_store.FORMAT,
@@ -237,6 +274,7 @@ def _description(
             "classes": list(teacher.classes),
             "batch": config.batch,
             "precision": config.precision,
+            "device": torch.device(device).type,
         },
         "measured_on": eval_set.sha256 if eval_set else None,
         "views": views,
@@ -249,7 +287,7 @@ def _description(
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return logit_store.compare({k: v for k, v in old.items() if k not in ("accuracy", "mass")}, new)
+    return logit_store.compare({k: v for k, v in old.items() if k not in MEASURED}, new)
 
 
 def _finished(out: Path, description: dict[str, Any], overwrite: bool) -> RelabelResult | None:
@@ -282,7 +320,7 @@ def _begun(work: Path, description: dict[str, Any], overwrite: bool) -> dict[str
     if old is None:
         raise DiskError(f"{work} holds no unfinished store of this program; move it away, or choose another `out`")
     differences = _differences(old, description)
-    if not differences and {"accuracy", "mass"} <= set(old):
+    if not differences and set(MEASURED) <= set(old):
         return old
     if not overwrite:
         raise ConfigError(
@@ -303,7 +341,8 @@ def _measure(job: _Job, eval_set: ClassSet | None) -> dict[str, Any] | None:
             job.teacher, eval_set, job.config.size, job.config.batch, job.device, job.workers, bar.update
         )
     log.info("the teacher's top-1 is %.2f %%, top-5 %.2f %%, on %d pictures", found.top1, found.top5, found.n)
-    if found.top1 < 200.0 / len(eval_set.names):
+    chance = 100.0 / len(eval_set.names)
+    if found.top1 < chance + NEAR_CHANCE * (100.0 - chance):
         log.warning("that is near chance: are these its weights, and are the folders named as its classes?")
     return {"top1": round(found.top1, 4), "top5": round(found.top5, 4), "n": found.n}
 
@@ -326,28 +365,32 @@ class _Job:
         shape = (config.batch, config.size, config.size, 3)
         self._pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
 
-    def mass(self) -> float | None:
-        """The share of softmax(t/T) in the top k of the first views; None without `topk`.
+    def mass(self) -> dict[str, float] | None:
+        """The share of softmax(t/T) in the top k, `mean` and `least`, of views from all classes and epochs; None
+        without `topk`.
 
         Raises:
-            ConfigError: below 90 %; it names a k that would do.
+            ConfigError: below 90 % on average; it names a k that would do.
         """
-        topk, temperature = self.config.topk, self.config.temperature
+        topk, temperature, batch = self.config.topk, self.config.temperature, self.config.batch
         if not topk:
             return None
-        count = min(PILOT, self.total)
-        batches = range(-(-count // self.config.batch))
-        logits = torch.cat([logits for _, _, logits in self._batches(batches)])[:count]
-        shares = logit_store.mass_by_k(logits, temperature)
-        share = round(float(shares[topk - 1]), 4)
-        if share < LEAST_MASS:
-            enough = int(np.searchsorted(shares, LEAST_MASS) + 1)
+        places = _pilot(self.config.epochs, len(self.class_set))
+        chunks = [places[first : first + batch] for first in range(0, len(places), batch)]
+        logits = torch.cat([logits for _, logits in self._ask(chunks)])
+        shares = logit_store.shares_by_k(logits, temperature)
+        means = shares.mean(axis=0)
+        mean, least = round(float(means[topk - 1]), 4), round(float(shares[:, topk - 1].min()), 4)
+        if mean < LEAST_MASS:
+            enough = int(np.searchsorted(means, LEAST_MASS) + 1)
             raise ConfigError(
                 f"topk={topk}: at temperature {temperature:g} the top {topk} of {logits.shape[1]} classes hold only "
-                f"{100 * share:.1f} % of the teacher's softmax, and at least {100 * LEAST_MASS:.0f} % must be kept; "
+                f"{100 * mean:.1f} % of the teacher's softmax ({100 * least:.1f} % in the flattest of {len(places)} "
+                f"views), and at least {100 * LEAST_MASS:.0f} % must be kept; "
                 f"topk={min(enough, logits.shape[1])} would do, or topk=0 keeps all"
             )
-        return share
+        log.info("the top %d hold %.1f %% of the softmax, at least %.1f %%", topk, 100 * mean, 100 * least)
+        return {"mean": mean, "least": least}
 
     def label(
         self, epochs: Sequence[int], progress: Callable[[int], object]
@@ -361,8 +404,9 @@ class _Job:
         wanted = set(epochs)
         needed = sorted({b for e in wanted for b in range(e * n // batch, ((e + 1) * n - 1) // batch + 1)})
         parts: dict[str, NDArray[Any]] = {}
-        for first, rows, logits in self._batches(needed):
-            tensors = self._tensors(rows, logits)
+        batches = [range(b * batch, min((b + 1) * batch, self.total)) for b in needed]
+        for numbers, (rows, logits) in zip(batches, self._ask(batches), strict=True):
+            first, tensors = numbers[0], self._tensors(rows, logits)
             at = 0
             while at < len(rows):
                 epoch, place = divmod(first + at, n)
@@ -391,27 +435,33 @@ class _Job:
         values, indices, rest = logit_store.top_k(logits, self.config.topk, self.config.temperature)
         return {"views": views, "values": values.numpy(), "indices": indices.numpy(), "rest": rest.numpy()}
 
-    def _batches(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[Row], Tensor]]:
-        """For each batch its first flat position, the rows, and the teacher's logits [len(rows), C] float32, CPU."""
-        size = self.config.batch
-        n = len(self.class_set)
-        flat = (p for b in numbers for p in range(b * size, min((b + 1) * size, self.total)))
+    def _ask(self, batches: Sequence[Sequence[int]]) -> Iterator[tuple[list[Row], Tensor]]:
+        """For each batch of positions in the flat sequence the rows, and the teacher's logits [len(rows), C] float32 on
+        the CPU."""
 
         def look(position: int) -> tuple[Row, Image]:
-            epoch, index = divmod(position, n)
+            epoch, index = divmod(position, len(self.class_set))
             return self.views.drawn(epoch, index)
 
-        stream = ahead(flat, look, self.workers, 2 * size + 4 * self.workers)
-        for number in numbers:
-            first = number * size
+        flat = (position for batch in batches for position in batch)
+        stream = ahead(flat, look, self.workers, 2 * self.config.batch + 4 * self.workers)
+        for batch in batches:
             rows: list[Row] = []
             pixels = self._pixels.numpy()
-            for slot in range(min(size, self.total - first)):
+            for slot in range(len(batch)):
                 row, pixels[slot] = next(stream)
                 rows.append(row)
             pixels[len(rows) :] = 0
             x = self._pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div_(255)
-            yield first, rows, self.teacher(x)[: len(rows)].cpu()
+            yield rows, self.teacher(x)[: len(rows)].cpu()
+
+
+def _pilot(epochs: int, pictures: int) -> list[int]:
+    """Positions in the flat sequence, spread over all pictures and, whatever the numbers, over all epochs."""
+    if epochs * pictures <= PILOT:
+        return list(range(epochs * pictures))
+    golden = (5**0.5 - 1) / 2
+    return [int(i * golden % 1 * epochs) * pictures + i * pictures // PILOT for i in range(PILOT)]
 
 
 # --- after the work

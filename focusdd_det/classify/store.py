@@ -1,21 +1,25 @@
 """A teacher's logits for views that were drawn beforehand, on disk.
 
-store.json                 what determines the bytes: the set, the teacher, how views were drawn, T, top k, versions
+store.json                 what the labels follow from: the set, the teacher and the kind of device it ran on, how views
+                           were drawn, T, top k, versions
 epoch_00000.safetensors    views int32 [N, 10] and logits float16 [N, C]; with top k: values float16 [N, K],
                            indices int32 [N, K], rest float32 [N] (log of the sum of exp(t/T) over the others)
-COMPLETE                   the sha256 of every file above, written last;  relabel.log.json: command, times
+COMPLETE                   the sha256 of every file above, written last;  relabel.log.json: command, threads, times
 
-Files are memory-mapped and checked against their hashes when they are first used. Nothing is ever unpickled.
+Files are memory-mapped; when one is first used, it is checked against its hash, and its views and labels are looked
+through. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import math
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,8 @@ LOG = "relabel.log.json"
 _DONE = "done.json"  # the hashes of the epochs of an unfinished store
 _OURS = re.compile(r"COMPLETE|store\.json|relabel\.log\.json|done\.json|epoch_\d{5,}\.safetensors|\..*\.tmp")
 _OPEN_EPOCHS = 4
+_ROWS = 4096  # logits that are looked through at once
+_DTYPES = {"views": "I32", "logits": "F16", "values": "F16", "indices": "I32", "rest": "F32"}
 _AGAIN = "make it again with tools/relabel_cls.py"
 
 
@@ -100,27 +106,54 @@ class LogitStore:
         seal = self._read_seal()
         self.description = self._read_description(seal)
         try:
-            described = self.description
-            self.sha256 = sha256((self.folder / "COMPLETE").read_bytes())
-            self.pool, self.topk = int(described["pool"]), int(described["topk"])
-            self.temperature = float(described["temperature"])
-            self.names = tuple(described["set"]["names"])
-            self.accuracy: dict[str, Any] | None = described["accuracy"]
-            views = described["views"]
-            self.settings = ViewSettings(**{**views, "scale": tuple(views["scale"]), "ratio": tuple(views["ratio"])})
-            self._pictures, self._set = int(described["set"]["n"]), str(described["set"]["sha256"])
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            self._take(self.description)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise VerifyError(
-                f"{self.folder / 'store.json'}: not a description of a store ({error}); {_AGAIN}"
+                f"{self.folder / 'store.json'}: not a description of a store: {what}; {_AGAIN}"
             ) from error
-        expected = {"store.json", *(epoch_name(epoch) for epoch in range(self.pool))}
-        if set(seal) != expected:
+        if len(seal) != self.pool + 1 or set(seal) != {"store.json", *map(epoch_name, range(self.pool))}:
             raise VerifyError(
                 f"{self.folder / 'COMPLETE'} does not name the {self.pool} epochs of store.json; {_AGAIN}"
             )
         self._hashes = seal
-        self._checked: set[int] = set()
+        self._checked = torch.zeros(self.pool, dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError, OSError):  # what one loading process checked, the others need not
+            self._checked.share_memory_()  # type: ignore[no-untyped-call]
         self._open: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def _take(self, described: Mapping[str, Any]) -> None:
+        """Attributes from store.json, whoever wrote it."""
+        the_set, teacher, views, accuracy = (described[key] for key in ("set", "teacher", "views", "accuracy"))
+        names, topk = the_set["names"], described["topk"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("set.names: expected the names of the classes")
+        checks = [
+            (_whole(the_set["n"], 1), "set.n", "a number of pictures"),
+            (isinstance(the_set["sha256"], str), "set.sha256", "a hash"),
+            (isinstance(teacher, dict), "teacher", "its name and hashes"),
+            (_whole(described["pool"], 1), "pool", "a number of epochs"),
+            (_whole(topk, 0) and topk <= len(names), "topk", f"0 to {len(names)}"),
+            (_number(described["temperature"]) and described["temperature"] > 0, "temperature", "above 0"),
+            (all(_whole(views[key]) for key in ("size", "seed")), "views", "a whole size and seed"),
+            (all(_number(views[key]) for key in ("flip", "cutmix", "beta")), "views", "numbers for flip, cutmix, beta"),
+            (accuracy is None or isinstance(accuracy, dict), "accuracy", "what was measured, or null"),
+        ]
+        for key in ("scale", "ratio"):
+            checks.append(
+                (isinstance(views[key], list) and all(map(_number, views[key])), f"views.{key}", "two numbers")
+            )
+        for key in ("name", "sha256", "spec"):
+            checks.append((isinstance(teacher, dict) and isinstance(teacher[key], str), f"teacher.{key}", "a text"))
+        if isinstance(accuracy, dict):
+            checks += [(_number(accuracy[key]), f"accuracy.{key}", "a number") for key in ("top1", "top5", "n")]
+        problems = [f"{key}: expected {text}" for ok, key, text in checks if not ok]
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.pool, self.topk, self.temperature = int(described["pool"]), int(topk), float(described["temperature"])
+        self.names, self.accuracy = tuple(names), accuracy
+        self.settings = ViewSettings(**{**views, "scale": tuple(views["scale"]), "ratio": tuple(views["ratio"])})
+        self._pictures, self._set = int(the_set["n"]), the_set["sha256"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # file handles stay in their process
@@ -165,7 +198,7 @@ class LogitStore:
         `values` float16 [K], `indices` int32 [K] and `rest` float32 [].
 
         Raises:
-            VerifyError: the epoch's file is missing or damaged.
+            VerifyError: the epoch's file is missing, damaged, or holds what cannot be.
         """
         file = self._epoch(epoch)
         return file.views[index], file.soft(index)
@@ -186,19 +219,36 @@ class LogitStore:
         if not 0 <= epoch < self.pool:
             raise VerifyError(f"{self.folder} holds the epochs 0 to {self.pool - 1}, not {epoch}")
         path = self.folder / epoch_name(epoch)
-        if epoch not in self._checked:
-            try:
-                digest = sha256_file(path)
-            except OSError as error:
-                raise VerifyError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
-            if digest != self._hashes[path.name]:
-                raise VerifyError(f"{path} is damaged: not the bytes that COMPLETE names; {_AGAIN} (overwrite=true)")
-            self._checked.add(epoch)
+        if not self._checked[epoch]:
+            with self._turn(path):
+                self._check_file(epoch, path)
         file = _Epoch(path, self._pictures, len(self.names), self.topk)
         self._open[epoch] = file
         while len(self._open) > _OPEN_EPOCHS:
             self._open.popitem(last=False)
         return file
+
+    def _check_file(self, epoch: int, path: Path) -> None:
+        if self._checked[epoch]:  # by another process meanwhile
+            return
+        try:
+            digest = sha256_file(path)
+        except OSError as error:
+            raise VerifyError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
+        if digest != self._hashes[path.name]:
+            raise VerifyError(f"{path} is damaged: not the bytes that COMPLETE names; {_AGAIN} (overwrite=true)")
+        _Epoch(path, self._pictures, len(self.names), self.topk).check(self.settings.size)
+        self._checked[epoch] = 1
+
+    @contextlib.contextmanager
+    def _turn(self, path: Path) -> Iterator[None]:
+        """One process at a time, so that the others find a file checked. Where the file system knows no locks, each
+        checks for itself."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                file = stack.enter_context(path.open("rb"))
+                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file
+            yield
 
     def _read_seal(self) -> dict[str, str]:
         path = self.folder / "COMPLETE"
@@ -240,16 +290,56 @@ class _Epoch:
             if topk
             else {"logits": [pictures, classes]}
         )
+        self._path, self._classes = path, classes
         try:
             file: Any = safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
-            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (no mapping)
-            if found != shapes:
-                raise ValueError(f"holds {found}, expected {shapes}")
+            slices: dict[str, Any] = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+            found = {key: [part.get_dtype(), *part.get_shape()] for key, part in slices.items()}
+            expected = {key: [_DTYPES[key], *shape] for key, shape in shapes.items()}
+            if found != expected:
+                raise ValueError(f"holds {found}, expected {expected}")
             self.views: NDArray[np.int32] = file.get_tensor("views").numpy()
             self._rest: Tensor | None = file.get_tensor("rest") if topk else None
-            self._slices = {key: file.get_slice(key) for key in shapes if key not in ("views", "rest")}
+            self._slices = {key: part for key, part in slices.items() if key not in ("views", "rest")}
         except Exception as error:  # safetensors raises its own kinds
             raise VerifyError(f"{path}: {error}; {_AGAIN}") from error
+
+    def check(self, size: int) -> None:
+        """Refuse what no relabelling writes; whether a crop lies in its picture shows when that is decoded.
+
+        Raises:
+            VerifyError: views, logits or indices that cannot be.
+        """
+        x, y, w, h, flip, partner, bx, by, bw, bh = self.views.astype(np.int64).T
+        alone = partner == -1
+        fits = np.minimum(bw, bh) >= 1
+        fits &= (np.minimum(bx, by) >= 0) & (np.maximum(bx + bw, by + bh) <= size)
+        empty = (bx == 0) & (by == 0) & (bw == 0) & (bh == 0)
+        self._require(
+            (np.minimum(x, y) >= 0) & (np.minimum(w, h) >= 1), "the crop {0}, {1}, {2} x {3} lies in no picture"
+        )
+        self._require((flip == 0) | (flip == 1), "the flip {4} is neither 0 nor 1")
+        self._require((partner >= -1) & (partner < len(x)), f"the partner {{5}} is not one of {len(x)} pictures")
+        self._require(
+            np.where(alone, empty, fits),
+            f"the box {{6}}, {{7}}, {{8}} x {{9}} with partner {{5}} does not fit a view of {size} px",
+        )
+        for first in range(0, len(x), _ROWS):
+            part = {key: kept[first : first + _ROWS] for key, kept in self._slices.items()}
+            for key in part.keys() & {"logits", "values"}:
+                self._require(part[key].isfinite().all(dim=1).numpy(), f"{key} that are not finite", first)
+            if "indices" in part:
+                indices = part["indices"].sort(dim=1).values
+                known = (indices[:, :1] >= 0).all(dim=1) & (indices[:, -1:] < self._classes).all(dim=1)
+                self._require(known.numpy(), f"indices beyond the {self._classes} classes", first)
+                self._require((indices.diff(dim=1) > 0).all(dim=1).numpy(), "indices that name a class twice", first)
+        if self._rest is not None:
+            self._require((self._rest < math.inf).numpy(), "a rest that is no number")
+
+    def _require(self, good: NDArray[np.bool_], what: str, first: int = 0) -> None:
+        if not good.all():
+            bad = first + int(np.argmin(good))
+            raise VerifyError(f"{self._path}: picture {bad}: {what.format(*self.views[bad].tolist())}; {_AGAIN}")
 
     def soft(self, index: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {key: part[index : index + 1][0] for key, part in self._slices.items()}
@@ -263,28 +353,35 @@ class StoreWriter:
 
     Attributes:
         folder: `<store>.incomplete`.
-        description: store.json.
+        pool: how many epochs it will have.
+        done: the hashes of those that are there, intact.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        """Go on with what is there, or begin; the caller holds the lock and has compared the descriptions.
+    def __init__(self, folder: Path, pool: int) -> None:
+        """Look at what is there; the caller holds the lock and has compared the descriptions."""
+        self.folder, self.pool = folder, pool
+        self.done: dict[str, str] = {}
+        recorded = {**_hashes(folder / "COMPLETE"), **_hashes(folder / _DONE)}  # COMPLETE: all but published
+        for name in map(epoch_name, range(pool)):
+            with contextlib.suppress(OSError):
+                if name in recorded and sha256_file(folder / name) == recorded[name]:
+                    self.done[name] = recorded[name]
+
+    def missing(self) -> list[int]:
+        """The epochs that are not written yet."""
+        return [epoch for epoch in range(self.pool) if epoch_name(epoch) not in self.done]
+
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Write store.json; what is there is kept.
 
         Raises:
             DiskError: full disk, no permission.
         """
-        self.folder, self.description = folder, description
-        self.done: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            recorded = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-            for name, digest in recorded.items() if isinstance(recorded, dict) else ():
-                with contextlib.suppress(OSError):
-                    if sha256_file(folder / Path(name).name) == digest:
-                        self.done[name] = digest
-        write_atomic(folder / "store.json", _json(description))
-
-    def missing(self) -> list[int]:
-        """The epochs that are not written yet."""
-        return [epoch for epoch in range(self.description["pool"]) if epoch_name(epoch) not in self.done]
+        self._description = _json(description)
+        if self.missing() and (self.folder / "COMPLETE").exists():  # an epoch was damaged since
+            write_atomic(self.folder / _DONE, _json(self.done))
+            (self.folder / "COMPLETE").unlink()
+        write_atomic(self.folder / "store.json", self._description)
 
     def add(self, epoch: int, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Write an epoch.
@@ -298,15 +395,24 @@ class StoreWriter:
         write_atomic(self.folder / _DONE, _json(self.done))
 
     def finish(self, log: Mapping[str, Any]) -> None:
-        """Seal the store.
+        """Seal the store; one that is sealed is left as it is, with the log of the run that did the work.
 
         Raises:
             DiskError: full disk, no permission.
         """
-        write_atomic(self.folder / LOG, _json(dict(log)))
-        seal = {**self.done, "store.json": sha256(_json(self.description))}
-        write_atomic(self.folder / "COMPLETE", _json(seal))
+        seal = {**self.done, "store.json": sha256(self._description)}
+        if _hashes(self.folder / "COMPLETE") != seal:
+            write_atomic(self.folder / LOG, _json(log))
+            write_atomic(self.folder / "COMPLETE", _json(seal))
         (self.folder / _DONE).unlink(missing_ok=True)
+
+
+def _hashes(path: Path) -> dict[str, Any]:
+    """File names and their hashes as a JSON file of ours gives them; none where it does not."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def remove_store(folder: Path) -> None:
@@ -371,14 +477,27 @@ def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, T
     return values.half(), indices.to(torch.int32), rest
 
 
+def shares_by_k(logits: Tensor, temperature: float) -> NDArray[np.float64]:
+    """[B, C] float64: the share of softmax(t/T) that each row's k + 1 largest logits hold."""
+    p = (logits.double() / temperature).softmax(dim=1).sort(dim=1, descending=True).values
+    return np.asarray(p.cumsum(dim=1).cpu().numpy(), np.float64)
+
+
 def mass_by_k(logits: Tensor, temperature: float) -> NDArray[np.float64]:
     """[C] float64: the mean share of softmax(t/T) that the k + 1 largest logits hold."""
-    p = (logits.double() / temperature).softmax(dim=1).sort(dim=1, descending=True).values
-    return np.asarray(p.cumsum(dim=1).mean(dim=0).cpu().numpy(), np.float64)
+    return np.asarray(shares_by_k(logits, temperature).mean(axis=0), np.float64)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def _whole(value: object, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import albumentations as A
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.compose import resize
 from focusdd_det.decode import BadImage, decode
-from focusdd_det.errors import ConfigError, DataError
+from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.seeds import seed_of
 from focusdd_det.types import Image
 
@@ -78,6 +79,7 @@ class ViewSettings:
 class Labels(Protocol):
     """Stored views with what the teacher said of them (store.LogitStore)."""
 
+    folder: Path
     pool: int
 
     def row(self, epoch: int, index: int) -> tuple[Row, dict[str, Tensor]]:
@@ -170,10 +172,16 @@ def render(row: Row, partner_row: Row | None, picture: Image, partner_picture: I
     return view
 
 
+def _inside(row: Row, picture: Image) -> bool:
+    x, y, w, h = (int(v) for v in row[:4])
+    height, width = picture.shape[:2]
+    return min(x, y) >= 0 and min(w, h) >= 1 and x + w <= width and y + h <= height
+
+
 def _alone(row: Row, picture: Image, size: int) -> Image:
     x, y, w, h, flip = (int(v) for v in row[:5])
     height, width = picture.shape[:2]
-    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+    if not _inside(row, picture):
         raise ValueError(f"the crop {x}, {y}, {w} x {h} reaches outside a picture of {width} x {height} px")
     view = _resized_crop(size).apply(picture, crop_coords=(x, y, x + w, y + h))
     if flip:
@@ -267,6 +275,10 @@ class ViewDataset(Dataset[dict[str, Any]]):
         Returns:
             img uint8 [3, S, S]; cls and partner_cls (its own class without a partner), epoch and index int64; share
             float32; with a store `soft`, the tensors of the loss.
+
+        Raises:
+            DataError: a picture that cannot be read.
+            VerifyError: a store that is damaged, or a crop of it that reaches outside its picture.
         """
         epoch, index = item if isinstance(item, tuple) else (0, item)
         of_view = epoch % self.pool if self.pool else epoch
@@ -276,7 +288,7 @@ class ViewDataset(Dataset[dict[str, Any]]):
             row = self._draw(of_view, index, picture)
         else:
             row, soft = self.store.row(of_view, index)
-        view = self._render(row, of_view, picture)
+        view = self._render(row, of_view, index, picture)
         partner = int(row[5])
         classes = self.class_set.classes
         sample: dict[str, Any] = {
@@ -294,19 +306,31 @@ class ViewDataset(Dataset[dict[str, Any]]):
     def _draw(self, epoch: int, index: int, picture: Image) -> Row:
         return draw(self.settings, epoch, index, self.class_set.keys, {index: picture.shape[:2]})
 
-    def _render(self, row: Row, epoch: int, picture: Image) -> Image:
+    def _render(self, row: Row, epoch: int, index: int, picture: Image) -> Image:
         partner = int(row[5])
+        self._require_inside(row, epoch, index, picture)
         if partner < 0:
             return render(row, None, picture, None, self.settings.size)
         other = self.pictures[partner]
         other_row = self.store.view(epoch, partner) if self.store else self._draw(epoch, partner, other)
+        self._require_inside(other_row, epoch, partner, other)
         return render(row, other_row, picture, other, self.settings.size)
+
+    def _require_inside(self, row: Row, epoch: int, index: int, picture: Image) -> None:
+        """A crop that was drawn here always lies in its picture; one that somebody stored may not."""
+        if self.store is not None and not _inside(row, picture):
+            x, y, w, h = (int(v) for v in row[:4])
+            raise VerifyError(
+                f"{self.store.folder}, epoch {epoch}: the crop {x}, {y}, {w} x {h} reaches outside "
+                f"{self.class_set.paths[index]} of {picture.shape[1]} x {picture.shape[0]} px: the store is not of "
+                "these pictures; make it again with tools/relabel_cls.py"
+            )
 
     def drawn(self, epoch: int, index: int) -> tuple[Row, Image]:
         """The row and the pixels [S, S, 3] of a view that is drawn, not taken from a store."""
         picture = self.pictures[index]
         row = self._draw(epoch, index, picture)
-        return row, self._render(row, epoch, picture)
+        return row, self._render(row, epoch, index, picture)
 
     @staticmethod
     def collate_fn(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
