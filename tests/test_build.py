@@ -292,7 +292,7 @@ def test_a_dry_run_writes_nothing(bench: Path, tmp_path: Path, capsys: pytest.Ca
     [
         ({"sources": []}, 2, "no sources"),
         ({"method": "rnadom"}, 2, "did you mean random"),
-        ({"classes": ["disk"]}, 3, "did you mean disc"),
+        ({"classes": ["disk"]}, 2, "did you mean disc"),
         ({"class_map": "absent.yaml"}, 3, "no class map"),
         ({"teacher": "absent.pt"}, 4, "absent.pt"),
         ({"selector": "resnet18"}, 4, "resnet18"),

@@ -116,6 +116,7 @@ class LogitStore:
             raise VerifyError(
                 f"{self.folder / 'COMPLETE'} does not name the {self.pool} epochs of store.json; {_AGAIN}"
             )
+        self.sha256 = sha256((self.folder / "COMPLETE").read_bytes())
         self._hashes = seal
         self._checked = torch.zeros(self.pool, dtype=torch.uint8)
         with contextlib.suppress(RuntimeError, OSError):  # what one loading process checked, the others need not

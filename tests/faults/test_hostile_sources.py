@@ -24,6 +24,7 @@ from focusdd_det.build import load_config
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import read_manifest, verify
 from focusdd_det.errors import DataError, FocusDDError
+from focusdd_det.methods import METHODS
 from focusdd_det.sources import Root, stream
 
 RNG = np.random.default_rng(0)
@@ -249,7 +250,7 @@ def test_permission_denied(tmp_path: Path) -> None:
     if user == 0:
         os.seteuid(65534)
     try:
-        reason = focusdd_det.scores._glance(located, 32, config)
+        reason = focusdd_det.scores._glance(located, 32, METHODS["focusdd"], config)
     finally:
         os.seteuid(user)
     assert reason == "unreadable: Permission denied"
