@@ -28,7 +28,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(tool: str, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(REPOSITORY / "tools" / tool), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+        # A shell that runs the tests in its background lets its children ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -49,7 +57,7 @@ def stop_when(process: subprocess.Popen[str], due: Callable[[], bool], how: sign
 
 def train_words(place: Path, runs: Path, name: str) -> list[str]:
     return [
-        f"data={place}", f"eval_data={place}", "labels=hard", f"model={NET}", "epochs=40", "every=2", "batch=4",
+        f"data={place}", f"eval_data={place}", "labels=hard", f"model={NET}", "epochs=16", "every=2", "batch=4",
         "imgsz=32", "device=cpu", "plots=False", f"project={runs}", f"name={name}",
     ]  # fmt: skip
 
@@ -75,7 +83,7 @@ def unbroken(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "run"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_training_that_was_stopped_goes_on_to_the_same_run(
     how: signal.Signals, place: Path, unbroken: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +101,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_run(
     assert list(run.rglob(".*.tmp")) == []
 
 
+@pytest.mark.slow
 def test_a_relabelling_that_was_killed_goes_on_to_the_same_bytes(place: Path, tmp_path: Path) -> None:
     def words(out: Path) -> list[str]:
         return [
