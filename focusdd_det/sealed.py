@@ -124,12 +124,16 @@ class Writer:
         """
         self.folder, self.description, self.names = folder, description, tuple(names)
         self.done: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            recorded = json.loads((folder / _DONE).read_text(encoding="utf-8"))
-            for name, digest in recorded.items() if isinstance(recorded, dict) else ():
-                with contextlib.suppress(OSError):
-                    if name in self.names and file_sha256(folder / name) == digest:
-                        self.done[name] = digest
+        for record in (SEAL, _DONE):  # a folder that was sealed and could not be renamed has only the seal
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                recorded = json.loads((folder / record).read_text(encoding="utf-8"))
+                for name, digest in recorded.items() if isinstance(recorded, dict) else ():
+                    with contextlib.suppress(OSError):
+                        if name in self.names and file_sha256(folder / name) == digest:
+                            self.done[name] = digest
+        if self.missing() and (folder / SEAL).exists():  # damaged since
+            write_atomic(folder / _DONE, as_json(self.done))
+            (folder / SEAL).unlink()
         write_atomic(folder / DESCRIPTION, as_json(description))
 
     def missing(self) -> list[str]:

@@ -197,6 +197,28 @@ def test_a_stopped_store_goes_on_to_the_same_bytes(
     assert not work.exists()
 
 
+def test_a_finished_store_that_could_not_be_renamed_is_only_published(
+    store: Path, drawn_set: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All the teacher's work is done by then: none of it is done again, but for a file that was damaged since."""
+    added: list[str] = []
+    add: Callable[..., None] = sealed.Writer.add
+
+    def count(self: sealed.Writer, name: str, tensors: Any) -> None:
+        added.append(name)
+        add(self, name, tensors)
+
+    monkeypatch.setattr(sealed.Writer, "add", count)
+    for damaged in ([], [epoch_name(False, 1)]):
+        place = tmp_path / f"soft{len(damaged)}"
+        work = Path(shutil.copytree(store, f"{place}.incomplete"))
+        for name in damaged:
+            (work / name).write_bytes(b"damaged")
+        store_targets(config(drawn_set, teacher_file, place))
+        assert added == damaged
+        assert bytes_of(place) == bytes_of(store)
+
+
 def test_another_store_at_the_same_place(store: Path, drawn_set: Path, teacher_file: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(store, tmp_path / "soft"))
     before = bytes_of(place)
