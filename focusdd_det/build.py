@@ -29,6 +29,7 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
+from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
 from focusdd_det.scores import ScoreStore, score_all
@@ -40,7 +41,7 @@ log = logging.getLogger("focusdd")
 # Keys that say where or how fast, not what; every other key is part of what determines the bytes.
 MACHINE_KEYS = (
     "sources", "out", "device", "workers", "threads", "scores", "grow_from", "overwrite", "download",
-    "selector", "selector_weights", "teacher", "class_map", "max_bad",
+    "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins",
 )  # fmt: skip
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously
@@ -148,6 +149,7 @@ def _identity(
 ) -> dict[str, Any]:
     """build.yaml: what determines the bytes of the set."""
     settings = {key: value for key, value in as_plain(config).items() if key not in MACHINE_KEYS}
+    plugins = load_plugins(config.plugins)
     return {
         "format": "focusdd_det set",
         "format_version": 1,
@@ -165,6 +167,7 @@ def _identity(
         },
         "token_grid": grid,
         "teacher": teacher,
+        **({"plugins": plugins} if plugins else {}),
         "versions": {"focusdd_det": version("focusdd_det"), **{name: version(name) for name in PACKAGES}},
     }
 

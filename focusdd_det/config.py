@@ -44,6 +44,7 @@ class SetConfig:
     short_class: Literal["error", "reduce", "reuse", "skip"]
     seed: int
     method: str
+    plugins: tuple[str, ...]
     selector: str
     selector_weights: str | None
     view: int | Literal["auto"]

@@ -1,6 +1,7 @@
 """Ways to choose: FocusDD and the baselines, behind one interface. `method=` names one.
 
-A method is a class with the attributes below, entered into METHODS; nothing else has to know of it.
+A method is a class with the attributes below, entered into METHODS by `register`; nothing else has to know of it. Yours
+can lie in a file of your own: `plugins=my_methods.py method=mine`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from focusdd_det.config import SetConfig
+from focusdd_det.errors import ConfigError
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, background_order, ranked
 from focusdd_det.types import Crop, View, round_half_up
@@ -149,9 +151,21 @@ def _shuffled(candidates: Candidates, config: SetConfig, group: str) -> Order:
     return ranked(candidates, (np.array(draws, np.float64) * 2**53).astype(np.int64), False)
 
 
-METHODS: dict[str, Method] = {
-    "focusdd": FocusDD(),
-    "random": RandomCrops(),
-    "realism": Realism(),
-    "whole": Whole(),
-}
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, method: Method) -> None:
+    """Enter a method under a name; a name that is taken by another class is refused.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if name in METHODS and type(METHODS[name]).__qualname__ != type(method).__qualname__:
+        raise ConfigError(f"method `{name}` exists already ({type(METHODS[name]).__name__}); choose another name")
+    METHODS[name] = method
+
+
+register("focusdd", FocusDD())
+register("random", RandomCrops())
+register("realism", Realism())
+register("whole", Whole())

@@ -20,6 +20,7 @@ from focusdd_det.config import BuildConfig, SetConfig, suggest
 from focusdd_det.detset import is_folder_name
 from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.methods import METHODS, Method
+from focusdd_det.plugins import load_plugins
 from focusdd_det.sources import Located, Root, folder_names, stream
 
 log = logging.getLogger("focusdd")
@@ -147,11 +148,12 @@ def make_plan(config: SetConfig) -> Plan:
 
 
 def method_of(config: SetConfig) -> Method:
-    """The method that `method=` names.
+    """The method that `method=` names; the user's own files are loaded first.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or a plugin fails.
     """
+    load_plugins(config.plugins)
     if config.method not in METHODS:
         raise ConfigError(
             f"method={config.method}: expected one of {', '.join(METHODS)}{suggest(config.method, list(METHODS))}"
