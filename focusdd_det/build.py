@@ -43,6 +43,8 @@ MACHINE_KEYS = (
     "sources", "out", "device", "workers", "threads", "scores", "grow_from", "overwrite", "download",
     "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins",
 )  # fmt: skip
+# Keys that sets of earlier versions lack, with the value that means what those did.
+_SINCE: dict[str, Any] = {"grids": [], "own_conf": None, "contradiction": "keep"}
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously
 
@@ -286,7 +288,12 @@ def _read_identity(folder: Path) -> Any:
         content = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return {"task": "detect", **content} if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        return content
+    before = dict(_SINCE)
+    if content.get("task", "detect") == "classify":
+        before = {"grids": []}
+    return {"task": "detect", **content, "config": {**before, **content["config"]}}
 
 
 def _start(work: Path, identity: dict[str, Any], config: SetConfig) -> None:

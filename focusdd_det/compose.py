@@ -13,16 +13,15 @@ from focusdd_det.types import Crop, Image
 GREY = 114  # Ultralytics' padding colour
 
 
-def cut(picture: Image, crop: Crop, side: int) -> Image:
-    """A square of a picture as a cell: [side, side, 3] uint8.
+def cut(picture: Image, crop: Crop, width: int, height: int) -> Image:
+    """A square of a picture as a cell: [height, width, 3] uint8; width and height differ by 1 px at most.
 
     Raises:
         ValueError: the crop reaches outside the picture.
     """
-    height, width = picture.shape[:2]
-    if crop.x + crop.side > width or crop.y + crop.side > height:
-        raise ValueError(f"{crop} reaches outside a picture of {width} x {height} px")
-    return resize(picture[crop.y : crop.y + crop.side, crop.x : crop.x + crop.side], side, side)
+    if crop.x + crop.side > picture.shape[1] or crop.y + crop.side > picture.shape[0]:
+        raise ValueError(f"{crop} reaches outside a picture of {picture.shape[1]} x {picture.shape[0]} px")
+    return resize(picture[crop.y : crop.y + crop.side, crop.x : crop.x + crop.side], width, height)
 
 
 def letterbox(picture: Image, side: int) -> tuple[Image, float, int, int]:
@@ -56,13 +55,17 @@ def cell_order(seed: int, cells: int) -> list[int]:
 
 
 def assemble(cells: Sequence[Image], grid: int) -> Image:
-    """Cells in row order -> the composite [grid * side, grid * side, 3].
+    """Cells in row order -> the composite, a square.
 
     Raises:
-        ValueError: not grid^2 cells, or cells of several sizes.
+        ValueError: not grid^2 cells, or sizes that do not make rows and a square.
     """
-    if len(cells) != grid * grid or len({cell.shape for cell in cells}) != 1:
-        raise ValueError(f"expected {grid * grid} cells of one size, got {[cell.shape for cell in cells]}")
+    shapes = [cell.shape[:2] for cell in cells]
+    if len(cells) != grid * grid or any(
+        (height, width) != (shapes[i // grid * grid][0], shapes[i % grid][1]) or shapes[i // grid][1] != height
+        for i, (height, width) in enumerate(shapes)
+    ):
+        raise ValueError(f"expected {grid * grid} cells that make a square, got {shapes}")
     rows = [np.concatenate(cells[row * grid : (row + 1) * grid], axis=1) for row in range(grid)]
     return np.concatenate(rows, axis=0)
 

@@ -14,20 +14,22 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from focusdd_det import detset
-from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox
+from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, resize
 from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
 from focusdd_det.labelling import Labeller, Look
+from focusdd_det.layouts import Layouts, cell_sizes
 from focusdd_det.methods import Method
-from focusdd_det.plan import Group, Plan
+from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar
 from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
 from focusdd_det.seeds import seed_of
@@ -58,8 +60,8 @@ class Bench:
         return {root.name: root for root in self.plan.roots}
 
     @property
-    def n_key(self) -> int:
-        return self.config.grid**2 if self.method.all_keys else self.config.n_key
+    def layouts(self) -> Layouts:
+        return layouts_of(self.config, self.method)
 
 
 @dataclass(frozen=True)
@@ -135,19 +137,25 @@ def _one_class(
     bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any, judged: Judged
 ) -> _Class:
     """The composites of one class, in order, into `bench.made`."""
-    config, method = bench.config, bench.method
+    config, method, layouts = bench.config, bench.method, bench.layouts
     candidates, banned = bench.store.candidates(group.name, config.alpha)
     made = bench.made.setdefault(group.name, [])
     order = method.order(candidates, config, group.name)
     backgrounds = method.backgrounds(candidates, config, group.name)
 
     def proposed(start: int) -> Iterator[Proposal]:
-        reserved = bench.n_key * group.ipc if config.selection == "paper" else 0
+        reserved = layouts.keys(group.name, group.ipc) if config.selection == "paper" else 0
         reuse = config.short_class == "reuse"
         every = proposals(
-            order, backgrounds, candidates.phash, bench.n_key, config.grid**2 - bench.n_key, config.near_duplicate,
-            banned, reserved, reuse,
-        )  # fmt: skip
+            order,
+            backgrounds,
+            candidates.phash,
+            lambda number: layouts.of(group.name, number),
+            config.near_duplicate,
+            banned,
+            reserved,
+            reuse,
+        )
         return islice(every, start, _REUSE_LIMIT * group.ipc if reuse else None)
 
     stream = proposed(0)
@@ -200,8 +208,11 @@ def _drafts(
         positions = (*proposal.keys, *proposal.backgrounds)
         sources = [bench.store.row(int(ids[position])) for position in positions]
         seed = seed_of("composite", bench.config.seed, group.name, proposal.number)
+        layout = bench.layouts.of(group.name, proposal.number)
+        config = replace(bench.config, grid=layout.grid, n_key=layout.n_key)
         cells = tuple(
-            _cell(bench, source, "key" if i < len(proposal.keys) else "background") for i, source in enumerate(sources)
+            _cell(bench, source, "key" if i < len(proposal.keys) else "background", config)
+            for i, source in enumerate(sources)
         )
         turn = cell_order(seed, len(cells))
         cells, sources = tuple(cells[i] for i in turn), [sources[i] for i in turn]
@@ -235,8 +246,8 @@ def _outcome(job: Future[_Draft], group: Group, proposal: Proposal) -> _Draft:
         ) from error
 
 
-def _cell(bench: Bench, source: Row, kind: str) -> Cell:
-    config = bench.config
+def _cell(bench: Bench, source: Row, kind: str, config: SetConfig) -> Cell:
+    """What one source contributes; `config` is that of the composite's own grid."""
     crop: Crop | None
     if kind == "key":
         view = view_of(source.width, source.height, config.geometry)
@@ -263,13 +274,16 @@ def _draft(
 ) -> _Draft:
     """Read the sources again, in full this time, and put the composite together."""
     config, roots = bench.config, bench.roots
-    side = config.image_size // config.grid
+    grid = isqrt(len(cells))
     tiles, looks = [], []
-    for cell, row, position in zip(cells, sources, positions, strict=True):
+    for cell, row, position, size in zip(cells, sources, positions, cell_sizes(config.image_size, grid), strict=True):
         picture = _read_whole(roots[row.root], row, position, config)
-        tiles.append(letterbox(picture, side)[0] if cell.crop is None else cut(picture, Crop(*cell.crop), side))
+        if cell.crop is None:
+            tiles.append(resize(letterbox(picture, max(size))[0], *size))
+        else:
+            tiles.append(cut(picture, Crop(*cell.crop), *size))
         looks += bench.labeller.look_at_source(picture)
-    jpeg = encode_jpeg(assemble(tiles, config.grid), config.jpeg_quality)
+    jpeg = encode_jpeg(assemble(tiles, grid), config.jpeg_quality)
     looks += bench.labeller.look_at_composite(jpeg)
     return _Draft(number, seed, cells, jpeg, tuple(looks))
 

@@ -58,6 +58,7 @@ class SetConfig:
     near_duplicate: int
     grid: int
     n_key: int
+    grids: tuple[int, ...]
     image_size: int
     crop: Literal["window", "cover", "fixed"]
     background: Literal["crop", "letterbox"]
@@ -85,11 +86,8 @@ class SetConfig:
             (self.ipc >= 1, "ipc", "at least 1 composite per class"),
             (1 <= self.grid <= 4, "grid", "1 to 4 cells a side"),
             (0 <= self.n_key <= self.grid**2, "n_key", f"0 to grid^2 = {self.grid**2} key patches"),
-            (
-                self.image_size >= 32 and self.image_size % max(self.grid, 1) == 0,
-                "image_size",
-                f"at least 32 and a multiple of grid = {self.grid}",
-            ),
+            (all(1 <= n <= 4 for n in self.grids), "grids", "grids of 1 to 4 cells a side, such as 2,3,3"),
+            (self.image_size >= 32, "image_size", "at least 32 px"),
             (0 < self.side_ratio <= 1, "side_ratio", "in (0, 1]"),
             (self.alpha >= 0, "alpha", "at least 0 (0 ranks by confidence alone)"),
             (isinstance(self.view, str) or self.view >= 16, "view", "auto or at least 16 px"),
@@ -112,6 +110,8 @@ class BuildConfig(SetConfig):
     teacher: str
     label_on: Literal["composite", "source"]
     conf: float
+    own_conf: float | None
+    contradiction: Literal["keep", "drop", "correct"]
     iou: float
     max_det: int
     min_side: float
@@ -125,6 +125,7 @@ class BuildConfig(SetConfig):
         return [
             *super().conditions(),
             (0 < self.conf < 1, "conf", "in (0, 1)"),
+            (self.own_conf is None or 0 < self.own_conf < 1, "own_conf", "in (0, 1), or null for conf"),
             (0 < self.iou <= 1, "iou", "in (0, 1]"),
             (self.max_det >= 1, "max_det", "at least 1"),
             (0 <= self.min_visible <= 1, "min_visible", "in [0, 1]"),

@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -87,6 +88,11 @@ class Item:
     boxes: int
     sha256: dict[str, str]
 
+    @property
+    def grid(self) -> int:
+        """n of the composite's n x n cells."""
+        return math.isqrt(len(self.cells))
+
     def line(self) -> str:
         """The manifest line, with its newline."""
         return json.dumps(asdict(self), ensure_ascii=True, sort_keys=True, separators=(",", ":")) + "\n"
@@ -106,6 +112,8 @@ class Item:
                 Cell(**{**cell, "crop": None if cell["crop"] is None else tuple(cell["crop"])}) for cell in raw["cells"]
             )
             item = Item(**{**raw, "cells": cells})
+            if not cells or item.grid**2 != len(cells):
+                raise TypeError(f"{len(cells)} cells do not make a square")
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a manifest line ({error})") from error
         numbers = [item.class_index, item.index, item.proposal, item.seed, item.boxes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,18 @@ from focusdd_det.compose import letterbox
 from focusdd_det.config import BuildConfig
 from focusdd_det.decode import decode
 from focusdd_det.detset import Cell, Item, part_path, soft_bytes
-from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
+from focusdd_det.labels import (
+    carry,
+    confirms,
+    drop_repeats,
+    drop_slivers,
+    join,
+    own_class_first,
+    parse_rows,
+    rows,
+    settle_contradictions,
+)
+from focusdd_det.layouts import squares
 from focusdd_det.teacher import Detector
 from focusdd_det.types import Crop, Detections, Image
 
@@ -120,23 +132,25 @@ class TeacherBoxes:
     def ask(self, looks: Sequence[Image]) -> list[Detections]:
         config = self.config
         return self.detector.detect(
-            list(looks), config.conf, config.iou, config.max_det, config.teacher_batch, self._side
+            list(looks), min(config.conf, self._own_conf), config.iou, config.max_det, config.teacher_batch, self._side
         )
 
     def label(
         self, looks: Sequence[Look], cells: tuple[Cell, ...], index: int, answers: list[Detections]
     ) -> Label | None:
         config = self.config
-        side = config.image_size / config.grid
-        squares = [((i % config.grid) * side, (i // config.grid) * side, side) for i in range(config.grid**2)]
+        where = squares(config.image_size, isqrt(len(cells)))
         whole = config.label_on == "composite"
-        found = answers[0] if whole else self._carried(looks, cells, answers, squares)
-        found = drop_repeats(drop_slivers(found, config.min_side), config.image_size)
+        found = answers[0] if whole else self._carried(looks, cells, answers, where)
+        found = own_class_first(drop_slivers(found, config.min_side), index, config.conf, self._own_conf)
+        if config.contradiction != "keep":
+            found = settle_contradictions(found, index, where, config.contradiction == "correct")
+        found = drop_repeats(found, config.image_size)
         if not len(found) and config.empty == "replace":
             return None
         seen = tuple(
             replace(cell, confirmed=confirms(found, index, square)) if cell.kind == "key" else cell
-            for cell, square in zip(cells, squares, strict=True)
+            for cell, square in zip(cells, where, strict=True)
         )
         return Label({"labels": rows(found, config.image_size).encode(), "soft": soft_bytes(found)}, seen, len(found))
 
@@ -148,6 +162,10 @@ class TeacherBoxes:
             return False
 
     @property
+    def _own_conf(self) -> float:
+        return self.config.conf if self.config.own_conf is None else self.config.own_conf
+
+    @property
     def _side(self) -> int:
         """Side of the teacher's input: that of the composite, up to the next multiple of its stride."""
         return -(-self.config.image_size // 32) * 32
@@ -157,11 +175,11 @@ class TeacherBoxes:
         looks: Sequence[Look],
         cells: tuple[Cell, ...],
         answers: list[Detections],
-        squares: Sequence[tuple[float, float, float]],
+        where: Sequence[tuple[float, float, float]],
     ) -> Detections:
         """label_on=source: boxes from each letterboxed source, through its crop, into its cell."""
         parts: list[Any] = []
-        for look, cell, detections, square in zip(looks, cells, answers, squares, strict=True):
+        for look, cell, detections, square in zip(looks, cells, answers, where, strict=True):
             limits = np.array([cell.width, cell.height, cell.width, cell.height], np.float32)
             boxes = (detections.boxes - np.array([look.left, look.top] * 2, np.float32)) / look.scale
             on_source = replace(detections, boxes=np.clip(boxes, 0, limits).astype(np.float32))

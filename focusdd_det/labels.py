@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from focusdd_det.types import Crop, Detections, Floats
+
+SURE = 0.7  # a teacher with at least this confidence is believed over the folder that a source lies in
+FILLS = 0.5  # share of a cell from which on a box stands for the cell's source
+PLAUSIBLE = 0.1  # of the score of the teacher's choice: from here on it takes the source's class to be possible
 
 
 def drop_slivers(found: Detections, min_side: float) -> Detections:
@@ -102,12 +109,58 @@ def parse_rows(text: str, classes: int) -> np.ndarray:
     return np.array(table, np.float64).reshape(len(table), 5)
 
 
+def own_class_first(found: Detections, index: int, conf: float, own_conf: float) -> Detections:
+    """Without boxes under their threshold: `own_conf` for the class of the sources, `conf` for the others."""
+    return found.keep(found.conf >= np.where(found.classes == index, own_conf, conf))
+
+
+def settle_contradictions(
+    found: Detections, index: int, cells: Sequence[tuple[float, float, float]], correct: bool
+) -> Detections:
+    """Boxes that contradict the known class of a cell's source, dropped or corrected.
+
+    A contradiction is a box of another class that fills at least half of a cell in which the teacher finds nothing of
+    the source's class, and of which it is not sure (conf under 0.7): a painted rooster called "person". With `correct`
+    the box takes the class of the source where the teacher gives that class at least a tenth of the score of its own
+    choice; it is dropped otherwise. A sure box of another class stays: a person with a ball.
+
+    Args:
+        found: boxes in px of the composite.
+        index: the class of the sources.
+        cells: left, top and side of each cell, px.
+    """
+    if not len(found):
+        return found
+    classes, conf, keep = found.classes.copy(), found.conf.copy(), np.ones(len(found), np.bool_)
+    for cell in cells:
+        if confirms(found, index, cell):
+            continue
+        for i in np.flatnonzero(_centred_in(found.boxes, cell) & (found.conf < SURE)):
+            if _area(_clipped(found.boxes[i : i + 1], cell))[0] < FILLS * cell[2] ** 2:
+                continue
+            own = found.scores[i, index]
+            if correct and own >= PLAUSIBLE * found.conf[i]:
+                classes[i], conf[i] = index, own
+            else:
+                keep[i] = False
+    return Detections(found.boxes, classes, conf, found.scores).keep(keep)
+
+
+def _centred_in(boxes: Floats, cell: tuple[float, float, float]) -> NDArray[np.bool_]:
+    left, top, side = cell
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array([left, top], np.float32)
+    return np.asarray(((centres >= 0) & (centres < side)).all(axis=1))
+
+
+def _clipped(boxes: Floats, cell: tuple[float, float, float]) -> Floats:
+    left, top, side = cell
+    low = np.array([left, top, left, top], np.float32)
+    return np.asarray(np.clip(boxes, low, low + side), np.float32)
+
+
 def confirms(found: Detections, class_index: int, cell: tuple[float, float, float]) -> bool:
     """Whether a box of the class has its centre in the cell (left, top, side in px): the teacher confirms it."""
-    left, top, side = cell
-    centres = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2 - np.array([left, top], np.float32)
-    inside = ((centres >= 0) & (centres < side)).all(axis=1)
-    return bool((inside & (found.classes == class_index)).any())
+    return bool((_centred_in(found.boxes, cell) & (found.classes == class_index)).any())
 
 
 def _area(boxes: Floats) -> Floats:

@@ -133,7 +133,7 @@ class Whole(_Plain):
     all_keys = False
 
     def adapt(self, config: SetConfig) -> SetConfig:
-        return dataclasses.replace(config, grid=1, n_key=0)
+        return dataclasses.replace(config, grid=1, n_key=0, grids=())
 
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return _shuffled(candidates, config, group)

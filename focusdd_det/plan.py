@@ -19,6 +19,7 @@ from focusdd_det.classmap import ClassMap, find_map, read_class_map, read_folder
 from focusdd_det.config import BuildConfig, SetConfig, suggest
 from focusdd_det.detset import is_folder_name
 from focusdd_det.errors import ConfigError, DataError
+from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, Method
 from focusdd_det.plugins import load_plugins
 from focusdd_det.sources import Located, Root, folder_names, stream
@@ -161,6 +162,12 @@ def method_of(config: SetConfig) -> Method:
     return METHODS[config.method]
 
 
+def layouts_of(config: SetConfig, method: Method) -> Layouts:
+    """How the composites of a build are laid out; `config` as the method adapts it."""
+    usual = Layout(config.grid, config.grid**2 if method.all_keys else config.n_key)
+    return Layouts(usual, config.grids, config.seed)
+
+
 def folder_classes(config: SetConfig) -> ClassMap:
     """Every class folder a class of its own name, or of the name that the source's own map gives it; sorted.
 
@@ -275,7 +282,7 @@ def _groups(
     doubled = sorted(folder for folder, names in shared.items() if len(names) > 1)
     if doubled:
         notes.append(f"folders found in several sources, taken together: {', '.join(doubled[:10])}")
-    per_composite = config.grid**2
+    layouts = layouts_of(config, method_of(config))
     groups: list[Group] = []
     short: dict[str, tuple[int, int]] = {}
     empty: list[str] = []
@@ -289,7 +296,7 @@ def _groups(
         units = [(f, (f,)) for f in folders] if by_folder else [(class_name, tuple(folders))]
         for name, members in units:
             available = sum(counts[class_name, folder] for folder in members)
-            possible = available // per_composite
+            possible = layouts.possible(name, available, config.ipc)
             ipc = config.ipc
             if possible < config.ipc:
                 short[name] = (possible, config.ipc)
@@ -307,6 +314,7 @@ def _groups(
                 groups.append(Group(name, class_name, index, members, available, ipc))
     if empty:
         notes.append(f"folders without a picture: {', '.join(empty[:10])}")
+    per_composite = " or ".join(str(n * n) for n in sorted(set(config.grids or (config.grid,))))
     if short and config.short_class == "error":
         listed = ", ".join(f"{name} ({have} of {want})" for name, (have, want) in sorted(short.items()))
         problems.append(

@@ -40,11 +40,18 @@ def card(
     """
     config = identity["config"]
     boxed = identity.get("task", "detect") == "detect"
-    cell = config["image_size"] // config["grid"]
     keys = [c for item in items for c in item.cells if c.kind == "key"]
-    sides = [c.crop[2] if c.crop else max(c.width, c.height) for item in items for c in item.cells]
-    enlarged = sum(side < cell for side in sides) / len(sides)
-    beyond = sum(side * 2 < cell for side in sides) / len(sides)
+    # px of a source a px of its cell; 1 is the source's own size
+    scales = [
+        (c.crop[2] if c.crop else max(c.width, c.height)) / (config["image_size"] // item.grid)
+        for item in items
+        for c in item.cells
+    ]
+    enlarged = sum(scale < 1 for scale in scales) / len(scales)
+    beyond = sum(scale * 2 < 1 for scale in scales) / len(scales)
+    grids = sorted({item.grid for item in items})
+    cells = " or ".join(f"{n} x {n}" for n in grids)
+    px = " or ".join(str(config["image_size"] // n) for n in grids)
     by_group: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_group[item.group].append(item)
@@ -58,7 +65,7 @@ def card(
         "",
         f"# A distilled {'detection' if boxed else 'classification'} set",
         "",
-        f"{len(items)} composites of {config['grid']} x {config['grid']} cells, {config['image_size']} px, "
+        f"{len(items)} composites of {cells} cells, {config['image_size']} px, "
         f"method `{config['method']}`, {config['ipc']} a class asked for"
         + (f" (`ipc_unit: {config['ipc_unit']}`)" if boxed else "")
         + f", seed {config['seed']}. "
@@ -74,7 +81,7 @@ def card(
         "the method are reconstructed from its published text.",
         "",
         *(_box_lines(items, keys) if boxed else ()),
-        f"- cells enlarged to {cell} px: {enlarged:.1%}; beyond 2x: {beyond:.1%}",
+        f"- cells enlarged to {px} px: {enlarged:.1%}; beyond 2x: {beyond:.1%}",
         f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined (reasons: quarantine.jsonl)",
         f"- classes covered: {len({i.class_name for i in items})} of {len(plan.class_map.names)}",
     ]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from focusdd_det.layouts import Layout
 from focusdd_det.seeds import uniform
 
 Order = NDArray[np.int64]
@@ -92,8 +93,7 @@ def proposals(
     order: Order,
     backgrounds: Order,
     phash: NDArray[np.uint64],
-    n_key: int,
-    n_background: int,
+    layout: Callable[[int], Layout],
     near: int = 0,
     banned: Collection[int] = (),
     reserved: int = 0,
@@ -105,7 +105,7 @@ def proposals(
         order: positions, best key patch first.
         backgrounds: positions, first drawn background first.
         phash: [n] difference hashes by position.
-        n_key, n_background: cells a composite.
+        layout: number of a composite -> how many of each it takes.
         near: a source whose hash differs in at most this many bits from a chosen one is passed over for good; 0: off.
         banned: positions that turned out to be unusable.
         reserved: the first so many of `order` never become backgrounds (`selection: paper`).
@@ -122,8 +122,9 @@ def proposals(
         background_stream = _unused(np.roll(backgrounds, -turn), used, banned | kept_back, chosen)
         first = number
         while True:
-            keys = _take(key_stream, n_key, used, chosen)
-            rest = None if keys is None else _take(background_stream, n_background, used, chosen)
+            shape = layout(number)
+            keys = _take(key_stream, shape.n_key, used, chosen)
+            rest = None if keys is None else _take(background_stream, shape.n_background, used, chosen)
             if keys is None or rest is None:
                 break
             yield Proposal(number, keys, rest)

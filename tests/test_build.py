@@ -226,12 +226,50 @@ def test_labels_carried_from_sources(bench: Path, tmp_path: Path) -> None:
     assert sum(item.boxes for item in read_manifest(folder)) > 0
 
 
-@pytest.mark.parametrize(("grid", "n_key", "size"), [(1, 1, 96), (3, 7, 96), (2, 0, 96)])
+@pytest.mark.parametrize(("grid", "n_key", "size"), [(1, 1, 96), (3, 7, 96), (2, 0, 96), (3, 5, 100)])
 def test_other_grids(bench: Path, tmp_path: Path, grid: int, n_key: int, size: int) -> None:
     folder = make(bench, tmp_path / "g", grid=grid, n_key=n_key, image_size=size, ipc=1, classes=["disc"])
     items = list(read_manifest(folder))
     assert [sum(c.kind == "key" for c in i.cells) for i in items] == [n_key]
     assert [len(i.cells) for i in items] == [grid**2]
+    assert cv2.imread(str(detset.part_path(folder, "images", items[0]))).shape == (size, size, 3)
+
+
+def test_composites_of_several_grids_can_be_grown(bench: Path, tmp_path: Path) -> None:
+    small = make(bench, tmp_path / "small", grids=[1, 2], ipc=2)
+    large = make(bench, tmp_path / "large", grids=[1, 2], ipc=4, grow_from=str(small))
+    assert verify(large) == []
+    items = list(read_manifest(large))
+    assert {item.grid for item in items} == {1, 2}
+    assert [sum(c.kind == "key" for c in i.cells) for i in items] == [{1: 1, 2: 3}[i.grid] for i in items]
+    assert {i.line() for i in read_manifest(small)} < {i.line() for i in items}
+    card = (large / "README.md").read_text()
+    assert "composites of 1 x 1 or 2 x 2 cells" in card
+
+
+def test_labels_guided_by_the_known_class(bench: Path, made: Path, tmp_path: Path) -> None:
+    guided = make(bench, tmp_path / "guided", own_conf=0.02, contradiction="correct")
+    assert verify(guided) == []
+    plain = {(i.group, i.proposal): i for i in read_manifest(made)}
+    own = other = 0
+    for item in read_manifest(guided):
+        before = plain.get((item.group, item.proposal))
+        if before is None:
+            continue
+        tables = [
+            parse_rows(detset.part_path(folder, "labels", i).read_text(), 3)
+            for folder, i in ((guided, item), (made, before))
+        ]
+        mine, theirs = (int((table[:, 0] == item.class_index).sum()) for table in tables)
+        assert mine >= theirs
+        own += mine - theirs
+        other += len(tables[1]) - theirs - (len(tables[0]) - mine)
+        soft = read_soft(detset.part_path(guided, "soft", item))
+        np.testing.assert_allclose(
+            soft["conf"], soft["scores"][np.arange(len(tables[0])), tables[0][:, 0].astype(int)], atol=1e-3
+        )
+    assert own > 0
+    assert other >= 0
 
 
 def test_letterboxed_backgrounds_and_the_papers_order(bench: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_cells_lie_in_row_order() -> None:
     assert [whole[y, x, 0] for y, x in ((0, 0), (0, 7), (7, 0), (7, 7))] == [10, 20, 30, 40]
     with pytest.raises(ValueError, match="expected 4 cells"):
         assemble([flat(1)] * 3, 2)
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="make a square"):
         assemble([flat(1)] * 3 + [flat(1, 5)], 2)
 
 
@@ -32,10 +32,10 @@ def test_the_order_of_cells_is_a_permutation_that_depends_on_the_seed() -> None:
 def test_a_cell_shows_its_crop_and_nothing_else() -> None:
     picture = np.zeros((10, 20, 3), np.uint8)
     picture[2:8, 5:11] = 200
-    assert (cut(picture, Crop(5, 2, 6), 12) == 200).all()
-    assert (cut(picture, Crop(5, 2, 6), 3) == 200).all()
+    assert (cut(picture, Crop(5, 2, 6), 12, 12) == 200).all()
+    assert (cut(picture, Crop(5, 2, 6), 3, 4) == 200).all()
     with pytest.raises(ValueError, match="outside"):
-        cut(picture, Crop(15, 2, 6), 12)
+        cut(picture, Crop(15, 2, 6), 12, 12)
 
 
 def test_shrinking_averages() -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from focusdd_det.labels import carry, confirms, drop_repeats, drop_slivers, join, parse_rows, rows
+from focusdd_det.labels import (
+    carry,
+    confirms,
+    drop_repeats,
+    drop_slivers,
+    join,
+    own_class_first,
+    parse_rows,
+    rows,
+    settle_contradictions,
+)
 from focusdd_det.types import Crop, Detections
 
 
@@ -91,3 +101,50 @@ def test_boxes_that_became_equal_are_written_once() -> None:
     )
     assert kept.classes.tolist() == [0, 1, 0]
     assert len(set(rows(kept, 64).splitlines())) == 3
+
+
+def test_the_own_class_may_have_a_lower_threshold() -> None:
+    boxes = found((0, 0, 9, 9), (9, 9, 20, 20), (0, 9, 9, 20), classes=[1, 0, 1])
+    boxes = Detections(boxes.boxes, boxes.classes, np.array([0.15, 0.15, 0.05], np.float32), boxes.scores)
+    assert own_class_first(boxes, 1, 0.25, 0.1).boxes.tolist() == [[0, 0, 9, 9]]
+    assert len(own_class_first(boxes, 1, 0.25, 0.25)) == 0
+
+
+LEFT, RIGHT = (0.0, 0.0, 100.0), (100.0, 0.0, 100.0)
+
+
+def contradicting(box: tuple[float, float, float, float], conf: float, own: float) -> Detections:
+    """A box of class 2 with this confidence; class 1, that of the sources, has the score `own` there."""
+    scores = np.array([[0.0, own, conf]], np.float32)
+    return Detections(np.array([box], np.float32), np.array([2]), np.array([conf], np.float32), scores)
+
+
+@pytest.mark.parametrize(
+    ("box", "conf", "own", "dropped", "corrected"),
+    [
+        ((5, 5, 95, 95), 0.5, 0.1, [], [1]),  # doubtful, and the known class is plausible there
+        ((5, 5, 95, 95), 0.5, 0.04, [], []),  # doubtful, and it is not: nothing to learn
+        ((5, 5, 95, 95), 0.8, 0.5, [2], [2]),  # a sure box of another class: a person with a ball
+        ((5, 5, 60, 60), 0.5, 0.1, [2], [2]),  # does not fill the cell
+        ((5, 5, 295, 95), 0.5, 0.1, [2], [2]),  # centred elsewhere
+    ],
+)
+def test_boxes_that_contradict_the_known_class(
+    box: tuple[float, float, float, float], conf: float, own: float, dropped: list[int], corrected: list[int]
+) -> None:
+    boxes = contradicting(box, conf, own)
+    cells = [LEFT]
+    assert settle_contradictions(boxes, 1, cells, correct=False).classes.tolist() == dropped
+    settled = settle_contradictions(boxes, 1, cells, correct=True)
+    assert settled.classes.tolist() == corrected
+    if corrected == [1]:
+        assert settled.conf.tolist() == pytest.approx([own])
+        assert settled.boxes.tolist() == boxes.boxes.tolist()
+
+
+def test_nothing_contradicts_where_the_known_class_is_found() -> None:
+    both = join([contradicting((105, 5, 195, 95), 0.5, 0.1), found((110, 10, 120, 20), classes=[1])], 3)
+    assert settle_contradictions(both, 1, [LEFT, RIGHT], correct=False).classes.tolist() == [2, 1]
+    alone = join([contradicting((105, 5, 195, 95), 0.5, 0.1), found((10, 10, 20, 20), classes=[1])], 3)
+    assert settle_contradictions(alone, 1, [LEFT, RIGHT], correct=False).classes.tolist() == [1]
+    assert len(settle_contradictions(Detections.none(3), 1, [LEFT], correct=True)) == 0

@@ -7,7 +7,16 @@ import hashlib
 import numpy as np
 import pytest
 
+from focusdd_det.layouts import Layout
 from focusdd_det.select import Candidates, background_order, proposals, ranked
+
+
+def three_and_one(number: int) -> Layout:
+    return Layout(2, 3)
+
+
+def one_each(number: int) -> Layout:
+    return Layout(1, 1)
 
 
 def candidates(
@@ -57,7 +66,7 @@ def test_backgrounds_are_drawn_in_proportion_to_confidence() -> None:
 
 def test_three_best_then_one_background_and_a_larger_set_begins_like_a_smaller_one() -> None:
     order, backgrounds = np.arange(12), np.array([5, 0, 11, 3, 10, 9, 8, 7, 6, 4, 2, 1])
-    made = list(proposals(order, backgrounds, np.arange(12).astype(np.uint64), 3, 1))
+    made = list(proposals(order, backgrounds, np.arange(12).astype(np.uint64), three_and_one))
     assert [m.keys for m in made] == [(0, 1, 2), (3, 4, 6), (7, 8, 9)]
     assert [m.backgrounds for m in made] == [(5,), (11,), (10,)]
     assert [m.number for m in made] == [0, 1, 2]
@@ -65,15 +74,15 @@ def test_three_best_then_one_background_and_a_larger_set_begins_like_a_smaller_o
 
 def test_the_papers_order_takes_all_key_patches_first() -> None:
     order, backgrounds = np.arange(8), np.array([5, 0, 6, 7, 1, 2, 3, 4])
-    made = list(proposals(order, backgrounds, np.arange(8).astype(np.uint64), 3, 1, reserved=6))
+    made = list(proposals(order, backgrounds, np.arange(8).astype(np.uint64), three_and_one, reserved=6))
     assert [m.keys for m in made] == [(0, 1, 2), (3, 4, 5)]
     assert [m.backgrounds for m in made] == [(6,), (7,)]
 
 
 def test_a_banned_source_changes_only_what_comes_from_it_on() -> None:
     order, phash = np.arange(16), np.arange(16).astype(np.uint64)
-    whole = list(proposals(order, order[::-1], phash, 3, 1))
-    without = list(proposals(order, order[::-1], phash, 3, 1, banned={4}))
+    whole = list(proposals(order, order[::-1], phash, three_and_one))
+    without = list(proposals(order, order[::-1], phash, three_and_one, banned={4}))
     assert without[0] == whole[0]
     assert whole[1].keys == (3, 4, 5)
     assert without[1].keys == (3, 5, 6)
@@ -81,20 +90,20 @@ def test_a_banned_source_changes_only_what_comes_from_it_on() -> None:
 
 def test_near_duplicates_are_passed_over() -> None:
     phash = np.array([0, 0b111, 0b11111111, 2**40 - 1, 2**63, 0], np.uint64)
-    made = list(proposals(np.arange(6), np.arange(6), phash, 1, 0, near=3))
+    made = list(proposals(np.arange(6), np.arange(6), phash, one_each, near=3))
     assert [m.keys[0] for m in made] == [0, 2, 3]  # 1 and 5 are like 0, 4 differs from 0 in one bit
-    assert len(list(proposals(np.arange(6), np.arange(6), phash, 1, 0, near=0))) == 6
+    assert len(list(proposals(np.arange(6), np.arange(6), phash, one_each, near=0))) == 6
 
 
 def test_running_out_of_sources_ends_or_starts_again() -> None:
     order, phash = np.arange(5), np.arange(5).astype(np.uint64)
-    assert len(list(proposals(order, order, phash, 3, 1))) == 1
-    reused = proposals(order, order, phash, 3, 1, reuse=True)
+    assert len(list(proposals(order, order, phash, three_and_one))) == 1
+    reused = proposals(order, order, phash, three_and_one, reuse=True)
     groups = [next(reused) for _ in range(4)]
     assert [g.keys for g in groups] == [(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 0)]  # other company each time
     assert [g.backgrounds for g in groups] == [(3,), (4,), (0,), (1,)]
     assert [g.number for g in groups] == [0, 1, 2, 3]
-    assert list(proposals(order[:2], order[:2], phash, 3, 1, reuse=True)) == []
+    assert list(proposals(order[:2], order[:2], phash, three_and_one, reuse=True)) == []
 
 
 def test_columns_of_different_length_are_refused() -> None:
