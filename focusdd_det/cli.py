@@ -188,6 +188,13 @@ def sheet_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def grids_command(argv: Sequence[str]) -> int:
+    """`focusdd grids <set>`."""
+    from focusdd_det import size_match
+
+    return size_match.grids_command(argv)
+
+
 def detect_command(argv: Sequence[str]) -> int | None:
     """`focusdd detect targets|train|val ...`."""
     from focusdd_det import detect_cli
@@ -227,6 +234,7 @@ COMMANDS: dict[str, Command] = {
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
+    "grids": grids_command,
 }
 
 

@@ -112,7 +112,7 @@ class Item:
                 Cell(**{**cell, "crop": None if cell["crop"] is None else tuple(cell["crop"])}) for cell in raw["cells"]
             )
             item = Item(**{**raw, "cells": cells})
-            if not cells or item.grid**2 != len(cells):
+            if item.grid**2 != len(cells):
                 raise TypeError(f"{len(cells)} cells do not make a square")
         except (TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a manifest line ({error})") from error
