@@ -16,6 +16,7 @@ from ultralytics.utils.torch_utils import select_device
 from focusdd_det import coco_eval
 from focusdd_det.config import cfg_dir, describe, read_yaml
 from focusdd_det.errors import ConfigError, Interrupted
+from focusdd_det.precision import check_precision
 from focusdd_det.supervision import Options
 from focusdd_det.targets import TargetStore
 from focusdd_det.teacher import file_sha256, resolve_weights
@@ -121,6 +122,7 @@ def plan(overrides: Mapping[str, Any]) -> str:
     if overrides.get("resume"):
         return f"resume {overrides['resume']} with {listed({k: v for k, v in overrides.items() if k != 'resume'})}"
     options = Options.of(overrides)
+    check_precision(options.precision, overrides.get("device"), overrides.get("amp", True))
     data = resolve_data(overrides.get("data"))
     names = load_yolo_data(data.yaml, "train")["names"]
     lines = [f"model         {overrides.get('model')}", f"data          {data}", f"classes       {len(names)}"]

@@ -97,6 +97,10 @@ def restore(state: ResumeState, model: nn.Module, ema: nn.Module, optimizer: tor
         for group in state.counters["optimizer_groups"]
     ]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    for parameter, slot in optimizer.state.items():
+        for name, value in slot.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slot[name] = laid_out_like(parameter, value)
 
 
 def restore_gradients(state: ResumeState, model: nn.Module) -> None:
@@ -104,7 +108,12 @@ def restore_gradients(state: ResumeState, model: nn.Module) -> None:
     gradients = state.part("grad")
     for name, parameter in model.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter.device)
+            parameter.grad = laid_out_like(parameter, gradients[name])
+
+
+def laid_out_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """The values on the parameter's device and in its memory layout: sums run in the order of the layout."""
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def restore_generators(state: ResumeState) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import LOGGER
 
+from focusdd_det.errors import ConfigError
 from focusdd_det.losses import ONE2MANY
 
 
@@ -41,6 +42,33 @@ def local_amp_check(scores: Callable[[Any], Tensor] = detector_scores, size: int
         yield
     finally:
         engine.check_amp = before
+
+
+def check_precision(precision: str, device: Any, amp: Any = True) -> None:
+    """Refuse a precision that the device has another key for.
+
+    Args:
+        precision: fp32 or bf16, the key of this package.
+        device, amp: Ultralytics' keys; no device means the first GPU if there is one.
+
+    Raises:
+        ConfigError: bf16 for a training on a GPU, or Ultralytics' bf16 for one on a CPU.
+    """
+    name = "" if device is None else str(device).lower()
+    cpu = name == "cpu" or (not name and not torch.cuda.is_available())
+    if precision == "bf16" and not cpu:
+        raise ConfigError(
+            f"precision=bf16 is for training on a CPU, but device={device or 0}. Mixed precision on a GPU is "
+            "Ultralytics' own: give amp=bf16 (or leave amp=True, float16), or train with device=cpu"
+        )
+    if cpu and amp == "bf16" and precision != "bf16":
+        raise ConfigError("amp=bf16 is for training on a GPU; on a CPU give precision=bf16")
+
+
+def warn_if_slow() -> None:
+    """Say so where bfloat16 is emulated: right, and slower than float32."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        LOGGER.warning("this processor has no bfloat16 instructions: precision=bf16 will be slower than fp32")
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from focusdd_det.sparse_heads import SparseHeads, sparse_supervision_terms
 TEACHER_KEY = "teacher_heads"
 Mode = Literal["labels", "kl", "both"]
 MODES = ("labels", "kl", "both")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Options:
     kl_temperature: float = 1.0
     eval_data: str | None = None
     eval_annotations: str | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
     download: bool = False
 
     def __post_init__(self) -> None:
@@ -54,6 +56,9 @@ class Options:
         if self.supervision not in MODES:
             near = suggest(str(self.supervision), MODES)
             problems.append(f"supervision={self.supervision!r}: expected labels, kl or both{near}")
+        if self.precision not in PRECISIONS:
+            near = suggest(str(self.precision), PRECISIONS)
+            problems.append(f"precision={self.precision!r}: expected fp32 or bf16{near}")
         for key, positive in (("kl_cls", False), ("kl_dfl", False), ("kl_beta", False), ("kl_temperature", True)):
             value = getattr(self, key)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -135,11 +140,14 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
         """
         size = preds["boxes"].shape[0]
         teacher = batch.get(TEACHER_KEY)
+        if preds["scores"].device.type == "cpu":
+            preds = in_float32(preds)
         if teacher is not None and self.options.supervision == "kl":
             vector = torch.zeros(3, device=preds["scores"].device)
             items = dict.fromkeys(self.loss_names, vector[0])
         else:
-            vector, items = super().loss(preds, batch)
+            with torch.autocast("cpu", enabled=False):  # that of a GPU stays as Ultralytics has it
+                vector, items = super().loss(preds, batch)
         kl = torch.zeros(2, device=vector.device)
         if teacher is not None:
             terms = self._kl_terms(preds, teacher)
@@ -160,6 +168,12 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
             anchors=anchors.T.float(),
             **how,
         )
+
+
+def in_float32(preds: dict[str, Any]) -> dict[str, Any]:
+    """A head's outputs in float32. Feature maps are only asked for shape and type, so theirs hold nothing else."""
+    feats = [torch.zeros((), device=f.device).expand(f.shape) for f in preds["feats"]]
+    return {**preds, "boxes": preds["boxes"].float(), "scores": preds["scores"].float(), "feats": feats}
 
 
 def build_criterion(model: nn.Module, options: Options, teacher_reg_max: int) -> Any:

@@ -250,15 +250,24 @@ class Detector:
         if not self.end2end:  # fusing drops one of the two heads of an end-to-end model
             model = model.fuse(verbose=False)
         self._model = model.eval().requires_grad_(False).to(device)
+        self._dtype = torch.float32
+        head.training = True  # it then gives its raw outputs alone: no decoding, no top-k
         self.strides: list[float] = [float(s) for s in head.stride]
         self._gather = None if order == list(range(len(own))) else torch.tensor(order, device=device)
         if any(abs(s - int(s)) > 0 for s in self.strides) or max(self.strides) > STRIDE:
             raise WeightsError(f"{path} has strides {self.strides}, expected whole numbers up to {STRIDE}")
 
-    def to(self, device: torch.device) -> Detector:
-        """Moved there; itself."""
-        self.device = device
-        self._model = self._model.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Detector:
+        """Moved there; itself.
+
+        Args:
+            device: where it runs from now on.
+            dtype: of its weights and of what `heads` gives. `detect` is meant for float32.
+            channels_last: the layout of its weights.
+        """
+        self.device, self._dtype = device, dtype
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._model = self._model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
         self._gather = None if self._gather is None else self._gather.to(device)
         return self
 
@@ -267,7 +276,7 @@ class Detector:
         return f"Detector({self.path.name}, {len(self.names)} classes, {heads}, reg_max={self.reg_max})"
 
     def _forward(self, x: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
-        raw = self._model(x)[1]
+        raw = self._model(x.to(self._dtype))
         if self.end2end:
             features = raw[ONE2MANY]["feats"]
             return {kind: self._select(raw[kind]) for kind in (ONE2MANY, ONE2ONE)}, features
@@ -288,7 +297,10 @@ class Detector:
             {"boxes": [B, 4 * reg_max, A], "scores": [B, nc, A]}, or with two heads {"one2many": that,
             "one2one": that}. Anchors run over strides 8, 16, 32, rows, columns.
         """
-        return self._forward(x)[0]
+        if self._dtype is torch.float32:
+            return self._forward(x)[0]
+        with torch.autocast(self.device.type, enabled=False):  # it is in half precision already
+            return self._forward(x)[0]
 
     @torch.no_grad()
     def detect(

@@ -7,6 +7,7 @@ YOLO("yolo11n.yaml").train(trainer=FocusDDTrainer, data="sets/coco50", teacher="
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_m
 from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
-from focusdd_det.precision import local_amp_check
+from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
 from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, View, replay_loader, rewind
 from focusdd_det.run_files import (
     WholePath,
@@ -122,6 +123,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
                 "trainer (yolo train ...), or drop it and give teacher= here"
             )
+        check_precision(self.options.precision, self.args.device, self.args.amp)
         if self.args.single_cls and (self.options.uses_teacher or self.options.uses_targets):
             raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
@@ -308,13 +310,27 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
     # ---- model, teacher, criterion ----
 
+    def set_model_attributes(self) -> None:
+        """Ultralytics' own; also where the layout of the student's weights on a CPU is decided."""
+        super().set_model_attributes()
+        if self._channels_last:
+            self.model.to(memory_format=torch.channels_last)
+
     def _setup_train(self) -> None:
+        asked, on_cpu = self.args.channels_last, self.device.type == "cpu"
+        channels_last = bool(asked) if on_cpu else asked is not False
+        self._channels_last = on_cpu and channels_last
+        if on_cpu:
+            self.args.channels_last = None  # Ultralytics would say that it ignores it here
         with safe_ultralytics(), local_amp_check():
             super()._setup_train()
+        self.args.channels_last = asked
+        if self._bf16_on_cpu:
+            warn_if_slow()
         model = unwrap_model(self.model)
         head = model.model[-1]
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.to(self.device, self._teacher_dtype(), channels_last)
         reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)  # stored targets have the student's
         model.criterion = build_criterion(model, self.options, reg_max)
         if self.start_epoch and hasattr(model.criterion, "updates"):  # the schedule of YOLO26's two heads
@@ -378,8 +394,22 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
     def _do_train(self) -> None:
         """Ultralytics' loop; see run_guard for what ends it from outside."""
-        with guarded(self):
+        with guarded(self), self.mixed_precision():
             super()._do_train()
+
+    def mixed_precision(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the autocast of Ultralytics' step is that of `precision`."""
+        return bf16_on_cpu() if self._bf16_on_cpu else contextlib.nullcontext()
+
+    @property
+    def _bf16_on_cpu(self) -> bool:
+        return self.device.type == "cpu" and self.options.precision == "bf16"
+
+    def _teacher_dtype(self) -> torch.dtype:
+        """The teacher's forward in the precision of the student's."""
+        if self._bf16_on_cpu or (self.amp and self.args.amp == "bf16"):
+            return torch.bfloat16
+        return torch.float16 if self.amp else torch.float32
 
     # ---- exact resume ----
 

@@ -19,6 +19,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det import exact_resume
+from focusdd_det.detect_cli import plan, train_overrides
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.replay import EpochSampler, ReplayDataset, replay_loader
 from focusdd_det.supervision import Options
@@ -348,3 +349,87 @@ def test_refusals_leave_no_run_folder(tmp_path: Path, drawn_set: Path, teacher_f
     refused(DataError, "images not found", data="coco8.yaml")  # known to Ultralytics, which would download it
     refused(DataError, "images not found", eval_data="coco8.yaml")
     refused(ConfigError, "a model for segment", model="yolo11n-seg.yaml")
+
+
+# ---- speed on a CPU ----
+
+
+def first_step(tmp_path: Path, data: Path, teacher: Path, name: str, **more: Any) -> tuple[Any, dict[str, float]]:
+    """A trainer after its first step, and the terms of that step's loss."""
+    seen: dict[str, float] = {}
+
+    def stop(trainer: Any) -> None:
+        seen.update({key: float(value) for key, value in trainer.loss_items.items()})
+        raise Killed
+
+    values = options(tmp_path, data, name=name, teacher=str(teacher), batch=10, **more)
+    trainer = FocusDDTrainer(overrides=values, _callbacks={**_callbacks(), "on_train_batch_end": [stop]})
+    with pytest.raises(Killed):
+        trainer.train()
+    return trainer, seen
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolo26"])
+def test_bf16_trains_near_fp32(family: str, tmp_path: Path, drawn_set: Path, teacher_file: Path) -> None:
+    model = str(tiny_yaml(tmp_path, family))
+    _, full = first_step(tmp_path, drawn_set, teacher_file, "full", model=model)
+    trainer, half = first_step(tmp_path, drawn_set, teacher_file, "half", model=model, precision="bf16")
+    assert half == pytest.approx(full, rel=0.03, abs=1e-3)
+    assert half != full, "nothing ran in bfloat16"
+    assert trainer.teacher.heads(torch.zeros(1, 3, 64, 64))["scores"].dtype is torch.bfloat16
+    kinds = {p.dtype for p in trainer.model.parameters()} | {
+        p.grad.dtype for p in trainer.model.parameters() if p.grad is not None
+    }
+    assert kinds == {torch.float32}
+
+
+def test_channels_last_is_only_a_layout(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, usual = first_step(tmp_path, drawn_set, teacher_file, "usual")
+    trainer, other = first_step(tmp_path, drawn_set, teacher_file, "other", channels_last=True)
+    assert other == pytest.approx(usual, rel=1e-4)
+    weight = trainer.model.model[1].conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert trainer.args.channels_last is True, "a resumed run has the same layout"
+    assert "ignoring" not in caplog.text
+
+
+def test_resume_in_bf16_and_channels_last_equals_the_unbroken_run(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path
+) -> None:
+    common = options(
+        tmp_path, drawn_set, teacher=str(teacher_file), nbs=16, precision="bf16", channels_last=True, epochs=3
+    )
+    unbroken = FocusDDTrainer(overrides={**common, "name": "unbroken"})
+    unbroken.train()
+    broken = FocusDDTrainer(overrides={**common, "name": "broken"}, _callbacks={**_callbacks(), **kill_in(2)})
+    with pytest.raises(Killed):
+        broken.train()
+    run = tmp_path / "runs" / "broken"
+    resumed = FocusDDTrainer(overrides={"resume": str(run / "weights" / "last.pt")})
+    resumed.train()
+    assert (resumed.start_epoch, resumed.options.precision) == (2, "bf16")
+    assert same(weights(tmp_path / "runs" / "unbroken" / "weights" / "last.pt"), weights(run / "weights" / "last.pt"))
+    assert rows(tmp_path / "runs" / "unbroken") == rows(run)
+    assert "precision" not in yaml.safe_load((run / "args.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precision": "bf16", "device": "0"}, "give amp=bf16"),
+        ({"amp": "bf16", "device": "cpu"}, "give precision=bf16"),
+        ({"precision": "fp16"}, "expected fp32 or bf16, did you mean"),
+    ],
+)
+def test_a_precision_that_the_device_has_another_key_for(
+    values: dict[str, Any], message: str, tmp_path: Path, drawn_set: Path
+) -> None:
+    for given in (train_overrides({**options(tmp_path, drawn_set, supervision="labels"), **values}),):
+        with pytest.raises(ConfigError, match=message):
+            plan(given)
+        with pytest.raises(ConfigError, match=message):
+            FocusDDTrainer(overrides=given)
+    assert not (tmp_path / "runs").exists()
