@@ -200,10 +200,7 @@ def detect_command(argv: Sequence[str]) -> int | None:
     from focusdd_det import detect_cli
     from focusdd_det.store_targets import store_command
 
-    modes: dict[str, Command] = {"targets": store_command, "train": detect_cli.train, "val": detect_cli.val_coco}
-    if not argv or argv[0] not in modes:
-        raise ConfigError(f"focusdd detect: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
-    return modes[argv[0]](argv[1:])
+    return _mode("detect", {"targets": store_command, "train": detect_cli.train, "val": detect_cli.val_coco}, argv)
 
 
 def classify_command(argv: Sequence[str]) -> int | None:
@@ -220,11 +217,16 @@ def classify_command(argv: Sequence[str]) -> int | None:
         "export": export_command,
         "continual": continual_command,
     }
+    return _mode("classify", modes, argv)
+
+
+def _mode(command: str, modes: dict[str, Command], argv: Sequence[str]) -> int | None:
+    """The second word of a command that has several."""
     if argv and argv[0] in ("-h", "--help", "help"):
-        print("focusdd classify " + " | ".join(modes) + " ...\n`focusdd classify <one of them> --help` has examples")
+        print(f"focusdd {command} {' | '.join(modes)} ...\n`focusdd {command} <one of them> --help` has examples")
         return 0
     if not argv or argv[0] not in modes:
-        raise ConfigError(f"focusdd classify: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
+        raise ConfigError(f"focusdd {command}: expected {', '.join(modes)}, got {argv[0] if argv else 'nothing'}")
     return modes[argv[0]](argv[1:])
 
 
