@@ -32,6 +32,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+  focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -221,12 +222,20 @@ def classify_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def explain_command(argv: Sequence[str]) -> int:
+    """`focusdd explain PICTURE ...`."""
+    from focusdd_det import explain_cli
+
+    return explain_cli.explain_command(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
+    "explain": explain_command,
 }
 
 
