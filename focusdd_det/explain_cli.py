@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,6 @@ from focusdd_det.progress import progress_bar
 from focusdd_det.selector import ATTENTIONS, Selector, load_selector
 from focusdd_det.sources import EXTENSIONS, MAX_BYTES, Located, Root, stream
 from focusdd_det.types import Crop
-
-log = logging.getLogger("focusdd")
 
 # The keys of the build that decide what is seen; `attention` and the rest of the command's own are below.
 KEYS = (
@@ -165,9 +162,9 @@ def _work(jobs: Sequence[_Job], selector: Selector, shown: Sequence[str], config
                     lines.append(_line(job, reason, names))
                 bar.update(1)
     for line in lines[:20]:
-        log.info("%s", line)
+        print(line)
     if len(lines) > 20:
-        log.info("... %d overlays in %s", len(lines), jobs[0].target.parent)
+        print(f"... {len(lines)} overlays in {jobs[0].target.parent}")
     if bad:
         more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise DataError(
@@ -196,7 +193,7 @@ def _write(
 
 
 def _line(job: _Job, found: Explained, names: Sequence[str]) -> str:
-    index = found.own[0] if found.own else found.top[0][0]
+    index = next((c for c, _ in found.top if c in found.own), found.top[0][0])
     what = names[index] + (f" and {len(found.own) - 1} more" if len(found.own) > 1 else "")
     windows = [
         f"{f.attention} share {f.share:.4f} S {f.score:.4f} crop {f.crop.side} px at ({f.crop.x}, {f.crop.y})"

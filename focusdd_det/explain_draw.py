@@ -160,7 +160,9 @@ def _bars(axes: Any, found: Explained, names: Sequence[str]) -> None:
         shown = name if len(name) < 34 else name[:32] + "..."
         axes.text(0, place - 0.27, shown, fontsize=9, color=_INK, va="bottom", weight=weight, parse_math=False)
         axes.text(1, place - 0.27, f"{p:.3f}", fontsize=9, color=_INK, va="bottom", ha="right", weight=weight)
-    axes.set(xlim=(0, 1), ylim=(len(places) - 0.4, -0.8))
+    whose = "the likeliest class" if not own else f"{len(own)} classes together" if len(own) > 1 else "its class"
+    axes.text(0, -1.05, f"p = {found.p:.3f}, {whose}", fontsize=10, color=_INK, va="bottom")
+    axes.set(xlim=(0, 1), ylim=(len(places) - 0.4, -1.4))
     axes.set_axis_off()
 
 
