@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import logging
 import os
@@ -32,6 +33,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+  focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -188,13 +190,6 @@ def sheet_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def grids_command(argv: Sequence[str]) -> int:
-    """`focusdd grids <set>`."""
-    from focusdd_det import size_match
-
-    return size_match.grids_command(argv)
-
-
 def detect_command(argv: Sequence[str]) -> int | None:
     """`focusdd detect targets|train|val ...`."""
     from focusdd_det import detect_cli
@@ -230,13 +225,14 @@ def _mode(command: str, modes: dict[str, Command], argv: Sequence[str]) -> int |
     return modes[argv[0]](argv[1:])
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when it is asked for
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
-    "grids": grids_command,
+    "grids": "focusdd_det.size_match:grids_command",
+    "explain": "focusdd_det.explain_cli:explain_command",
 }
 
 
@@ -257,7 +253,11 @@ def _dispatch(argv: Sequence[str]) -> int | None:
 
     if argv[0] not in COMMANDS:
         raise ConfigError(f"no command `{argv[0]}`{suggest(argv[0], list(COMMANDS))}; there are {', '.join(COMMANDS)}")
-    return COMMANDS[argv[0]](argv[1:])
+    command = COMMANDS[argv[0]]
+    if isinstance(command, str):
+        module, _, function = command.partition(":")
+        command = getattr(importlib.import_module(module), function)
+    return command(argv[1:])
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

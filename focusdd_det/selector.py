@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,10 +14,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from focusdd_det.backbones import (
+    BACKBONES,
+    Backbone,
+    check_look,
+    lv_vit,  # noqa: F401  (enters itself)
+)
+from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
+ATTENTIONS = ("gca", "last", "mean")
 
 _NOT_ARCHITECTURE = (
     "pretrained", "checkpoint", "cache_dir", "weights", "scriptable", "exportable", "no_jit", "features_only",
@@ -38,6 +47,7 @@ class Selector:
         spec: hash of everything else that decides what it says: architecture, classes, view, mean and std.
         attention: gca, last or mean.
         precision: fp32, bf16 or fp16.
+        backbone: knows how the network is asked.
     """
 
     model: nn.Module
@@ -51,6 +61,7 @@ class Selector:
     attention: str
     precision: str
     device: torch.device
+    backbone: Backbone
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +73,20 @@ class Selector:
         Returns:
             probabilities [B, classes] float32 (softmax) and attention [B, g, g] float32, at least 0, both on the CPU.
         """
+        probabilities, maps = self.maps(pixels, [self.attention])
+        return probabilities, maps[0]
+
+    @torch.inference_mode()
+    def maps(self, pixels: Tensor, attentions: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """The same for several ways to make a map of the blocks' attention, at the price of one look.
+
+        Args:
+            pixels: [B, 3, view, view] uint8 RGB.
+            attentions: some of ATTENTIONS.
+
+        Returns:
+            probabilities [B, classes] and for each attention a map [B, g, g].
+        """
         x = pixels.to(self.device, non_blocking=True).float().div_(255)
         mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
@@ -69,56 +94,10 @@ class Selector:
         x = x.to(next(self.model.parameters()).dtype)
         if x.device.type == "cpu" and self.precision == "bf16":
             x = x.contiguous(memory_format=torch.channels_last)
-        with ClassTokenRows(self.model) as rows:
-            logits = self.model(x)
-        attention = combine(rows.rows, self.attention)
+        logits, rows = self.backbone.look(self.model, x)
         probabilities = logits.float().softmax(dim=1)
-        return probabilities.cpu(), attention.reshape(len(x), self.grid, self.grid).float().cpu()
-
-
-class ClassTokenRows:
-    """Collects, while the ViT runs, each block's attention row of the class token over the patch tokens.
-
-    Only q of the class token and k of all tokens are needed, so the fused attention kernel stays in use. Blocks whose
-    attention is not timm's standard one are run unfused and read at the input of `attn_drop`.
-    """
-
-    def __init__(self, model: nn.Module, exact: bool = False) -> None:
-        """`exact` reads every block at `attn_drop` without fused attention: the reference for tests."""
-        self.model = model
-        self.exact = exact
-        self.rows: list[Tensor] = []  # a [B, heads, g*g] float32 tensor per block
-        self._undo: list[Any] = []
-
-    def __enter__(self) -> ClassTokenRows:
-        prefix = int(self.model.num_prefix_tokens)  # type: ignore[arg-type]
-        for block in self.model.blocks:  # type: ignore[union-attr]
-            attention = block.attn
-            if self.exact or not _is_standard(attention):
-                fused = getattr(attention, "fused_attn", False)
-                attention.fused_attn = False
-                self._undo.append(lambda a=attention, f=fused: setattr(a, "fused_attn", f))
-
-                def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                    self.rows.append(inputs[0][:, :, 0, prefix:].float())
-
-                self._undo.append(attention.attn_drop.register_forward_pre_hook(read).remove)
-            else:
-
-                def compute(module: nn.Module, _: Any, qkv: Tensor, a: Any = attention) -> None:
-                    batch, tokens, _width = qkv.shape
-                    q, k, _v = qkv.view(batch, tokens, 3, a.num_heads, a.head_dim).unbind(2)
-                    q = a.q_norm(q[:, :1].transpose(1, 2)).float() * a.scale  # [B, heads, 1, d]
-                    k = a.k_norm(k.transpose(1, 2)).float()  # [B, heads, tokens, d]
-                    row = (q @ k.transpose(-2, -1)).softmax(dim=-1)
-                    self.rows.append(row[:, :, 0, prefix:])
-
-                self._undo.append(attention.qkv.register_forward_hook(compute).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._undo:
-            self._undo.pop()()
+        maps = [combine(rows, how).reshape(len(x), self.grid, self.grid).float().cpu() for how in attentions]
+        return probabilities.cpu(), maps
 
 
 def combine(rows: Sequence[Tensor], how: str) -> Tensor:
@@ -155,69 +134,57 @@ def load_selector(
     device: str = "cpu",
     download: bool = False,
 ) -> Selector:
-    """A ViT by its timm name (or by a .json: `{"arch", "kwargs", "classes", "weights", "mean", "std"}`).
+    """A ViT by its timm name (or by a .json: `{"arch", "kwargs", "classes", "weights", "mean", "std"}`), or a backbone
+    by the name under which it was registered.
 
     Args:
-        name: timm's model name, or path of a .json beside its weights.
-        weights: checkpoint path; .safetensors, or .pth read without running code. LF-ViT checkpoints are renamed.
+        name: timm's model name, a registered backbone's, or path of a .json beside its weights.
+        weights: checkpoint path; .safetensors, or .pth (.pth.tar) read without running code. LF-ViT checkpoints are
+            renamed.
         view: px, or auto: 112 for LF-ViT checkpoints, the model's own size otherwise.
         download: let timm fetch its own weights when `weights` is None.
 
     Raises:
         WeightsError: no such model, no or wrong weights, no class token, classes that do not fit.
     """
-    kwargs: dict[str, Any] = {}
-    classes: tuple[str, ...] | None = None
-    mean = std = None
-    if name.endswith(".json"):
-        spec = _read_spec(Path(name))
-        kwargs, classes = dict(spec.get("kwargs", {})), tuple(map(str, spec["classes"]))
-        kwargs["num_classes"] = len(classes)
-        mean, std = spec.get("mean"), spec.get("std")
-        if weights is None and spec.get("weights"):
-            weights = str(Path(name).parent / spec["weights"])
-        name = spec["arch"]
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
-        raise WeightsError(f"selector={name}: timm has no such model; near: {', '.join(near) or 'timm.list_models()'}")
-    if weights is None and not download:
+    spec = _read_spec(Path(name)) if name.endswith(".json") else {"arch": name}
+    if weights is None and spec.get("weights"):
+        weights = str(Path(name).parent / spec["weights"])
+    name = spec["arch"]
+    backbone = _backbone(spec, pretrained=weights is None)
+    of_timm = isinstance(backbone, TimmViT)
+    if weights is None and not (download and of_timm):
         raise WeightsError(
-            f"selector={name} has no weights here: give selector_weights=PATH (.safetensors or .pth), "
-            "or download=true to let timm fetch them"
+            f"selector={name} has no weights here: give selector_weights=PATH (.safetensors or .pth)"
+            + (", or download=true to let timm fetch them" if of_timm else "")
         )
     state, lf_vit = (None, False) if weights is None else read_state(Path(weights))
-    if view == "auto":
-        view = 112 if lf_vit else int(kwargs.get("img_size", _native_size(name)))
-    kwargs["img_size"] = int(view)
+    view = (112 if lf_vit else backbone.view) if view == "auto" else int(view)
     try:
-        model = timm.create_model(name, pretrained=weights is None, **kwargs)
-    except Exception as error:
-        raise WeightsError(f"selector={name}: timm cannot build it at view={view} ({error}); choose a ViT") from error
-    _check_vit(name, model)
+        model = backbone.build(view)
+    except Exception as error:  # timm and a user's own code may raise anything
+        who, choose = ("timm cannot build it", "; choose a ViT") if of_timm else ("it cannot be built", "")
+        raise WeightsError(f"selector={name}: {who} at view={view} ({error}){choose}") from error
+    if of_timm and (problems := problems_of(model)):
+        raise WeightsError(
+            f"selector={name}: {problems[0]}; choose e.g. deit_small_patch16_224 or vit_small_patch16_224"
+        )
     if state is not None:
-        _load_state(model, state, Path(str(weights)))
-    grid_size = model.patch_embed.grid_size
-    if grid_size[0] != grid_size[1]:
-        raise WeightsError(f"selector={name}: its token grid is {grid_size}, expected a square one")
-    if classes is None:
-        if model.num_classes != len(imagenet_synsets()):
-            raise WeightsError(
-                f"selector={name} has {model.num_classes} classes, expected ImageNet-1K's 1000; "
-                "give a .json with `classes`"
-            )
-        classes = imagenet_synsets()
+        _load_state(backbone, model, state, Path(str(weights)))
+    classes = _classes(name, spec, backbone, model)
     model.eval().requires_grad_(False)
+    if not of_timm and (problems := check_look(backbone, model, view, len(classes))):
+        raise WeightsError(f"selector={name}: {'; '.join(problems)}. See Backbone in focusdd_det/backbones")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     target = torch.device(device)
-    config = timm.data.resolve_model_data_config(model)
     digest = sha256_file(Path(weights)) if weights else _state_digest(model)
-    mean, std = tuple(mean or config["mean"]), tuple(std or config["std"])
-    spec_content = json.dumps([name, sorted(kwargs.items()), classes, mean, std], default=str)
+    mean, std = tuple(spec.get("mean") or backbone.mean), tuple(spec.get("std") or backbone.std)
+    spec_content = json.dumps([*backbone.identity(name, view), classes, mean, std], default=str)
     return Selector(
         model=model.to(target, dtype),
         classes=classes,
-        view=int(view),
-        grid=int(grid_size[0]),
+        view=view,
+        grid=int(model.patch_embed.grid_size[0]) if of_timm else backbone.grid(view),  # type: ignore[union-attr, index, arg-type]
         mean=mean,
         std=std,
         sha256=digest,
@@ -225,6 +192,7 @@ def load_selector(
         attention=attention,
         precision=precision,
         device=target,
+        backbone=backbone,
     )
 
 
@@ -232,15 +200,11 @@ def token_grid(name: str, weights: str | None, view: int | str) -> int:
     """Side of the token grid that a selector would have, without its weights: methods that use no ViT cut as large as
     it would. 14, that of the usual ViTs at their own size, when it cannot be told."""
     try:
-        spec: dict[str, Any] = _read_spec(Path(name)) if name.endswith(".json") else {"arch": name}
-        kwargs = dict(spec.get("kwargs", {}))
+        backbone = _backbone(_read_spec(Path(name)) if name.endswith(".json") else {"arch": name})
         if view == "auto":
             lf_vit = weights is not None and read_state(Path(weights))[1]
-            view = 112 if lf_vit else kwargs.get("img_size", _native_size(spec["arch"]))
-        kwargs["img_size"] = int(view)
-        with torch.device("meta"):
-            model = timm.create_model(spec["arch"], pretrained=False, **kwargs)
-        return int(model.patch_embed.grid_size[0])
+            view = 112 if lf_vit else backbone.view
+        return backbone.grid(int(view))
     except Exception:
         return 14
 
@@ -312,40 +276,49 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_standard(attention: nn.Module) -> bool:
-    from timm.layers import Attention
+def _backbone(spec: dict[str, Any], pretrained: bool = False) -> Backbone:
+    """What a selector's name stands for: a registered backbone, else a model of timm.
 
-    return type(attention) is Attention and attention.qkv is not None
-
-
-def _native_size(name: str) -> int:
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    return int(config.input_size[-1]) if config is not None else 224
-
-
-def _check_vit(name: str, model: nn.Module) -> None:
-    problems = []
-    if not hasattr(model, "blocks") or not hasattr(getattr(model, "patch_embed", None), "grid_size"):
-        problems.append("it is not a ViT (no blocks or patch grid)")
-    elif getattr(model, "cls_token", None) is None or getattr(model, "num_prefix_tokens", 0) < 1:
-        problems.append("it has no class token, whose attention the selection is made of")
-    elif not all(hasattr(getattr(block, "attn", None), "attn_drop") for block in model.blocks):  # type: ignore[union-attr]
-        problems.append("its blocks have no attention that can be read")
-    if problems:
+    Raises:
+        WeightsError: neither has that name.
+    """
+    name = spec["arch"]
+    if name in BACKBONES:
+        if "classes" in spec:
+            raise WeightsError(f"a .json describes a model of timm; say the classes of `{name}` where it is registered")
+        return BACKBONES[name]
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
+        near += difflib.get_close_matches(name, list(BACKBONES), cutoff=0.6)
         raise WeightsError(
-            f"selector={name}: {problems[0]}; choose e.g. deit_small_patch16_224 or vit_small_patch16_224"
+            f"selector={name}: timm has no such model; near: {', '.join(near) or 'timm.list_models()'}. "
+            f"Beyond timm: {', '.join(BACKBONES)}; plugins=FILE.py adds one of yours"
         )
+    kwargs = dict(spec.get("kwargs", {}))
+    if "classes" in spec:
+        kwargs["num_classes"] = len(spec["classes"])
+    return TimmViT(name, kwargs, pretrained)
 
 
-def _load_state(model: Any, state: dict[str, Tensor], path: Path) -> None:
-    from timm.models.vision_transformer import checkpoint_filter_fn
+def _classes(name: str, spec: dict[str, Any], backbone: Backbone, model: nn.Module) -> tuple[str, ...]:
+    """The folder that each output of the network stands for."""
+    if "classes" in spec:
+        return tuple(map(str, spec["classes"]))
+    if backbone.classes is not None:
+        return tuple(map(str, backbone.classes))
+    if isinstance(backbone, TimmViT) and model.num_classes != len(imagenet_synsets()):
+        raise WeightsError(
+            f"selector={name} has {model.num_classes} classes, expected ImageNet-1K's 1000; give a .json with `classes`"
+        )
+    return imagenet_synsets()
 
+
+def _load_state(backbone: Backbone, model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
-        state = checkpoint_filter_fn(state, model)  # resamples the position embedding to the view
+        state = backbone.fit(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:
         raise WeightsError(f"{path} does not fit the selector: {str(error)[:400]}") from error
-    unexpected = [key for key in unexpected if not key.startswith("head_dist")]
     if missing or unexpected:
         raise WeightsError(
             f"{path} does not fit the selector: missing {missing[:4]}{'...' if len(missing) > 4 else ''}, "

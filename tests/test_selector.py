@@ -10,8 +10,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from focusdd_det.backbones.rows import ClassTokenRows
 from focusdd_det.errors import WeightsError
-from focusdd_det.selector import ClassTokenRows, combine, load_selector, read_state
+from focusdd_det.selector import combine, load_selector, read_state
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 5, "num_heads": 3, "num_classes": 4}
 

@@ -23,10 +23,10 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from focusdd_det.backbones.rows import ClassTokenRows
 from focusdd_det.demo.objects import CLASSES
 from focusdd_det.demo.scenes import POOR, Picture, plan_many, plan_single, render, seeded
 from focusdd_det.demo.write import encode_jpeg, write_val, yolo_labels
-from focusdd_det.selector import ClassTokenRows
 
 HERE = Path(__file__).resolve().parent
 VIEW = 56  # px; with patches of 8 px the token grid is 7 x 7, as in the paper
