@@ -32,6 +32,9 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+  focusdd export datasets/focusdd format=coco out=focusdd_coco              COCO JSON, DD-Ranking, RethinkDC
+  focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it
+  focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -221,12 +224,25 @@ def classify_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def interop_command(name: str) -> Command:
+    """`focusdd export|pack|unpack|card`."""
+
+    def run(argv: Sequence[str]) -> int:
+        from focusdd_det.interop import commands
+
+        found: Command = getattr(commands, f"{name}_command")
+        return int(found(argv) or 0)
+
+    return run
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
+    **{name: interop_command(name) for name in ("export", "pack", "unpack", "card")},
 }
 
 
