@@ -33,7 +33,7 @@ import supervision as sv
 sv.DetectionDataset.from_yolo("SET/images/train", "SET/labels/train", "SET/data.yaml")
 
 import fiftyone as fo
-fo.Dataset.from_dir("SET", dataset_type=fo.types.YOLOv5Dataset, split="train")
+fo.Dataset.from_dir("SET", dataset_type=fo.types.YOLOv5Dataset, yaml_path="data.yaml", split="train")
 
 from datasets import load_dataset  # the pictures alone
 load_dataset("SET", split="train")

@@ -148,7 +148,7 @@ def _accuracy_row(source: FinishedSet, path: Path, content: Mapping[str, Any]) -
 def _coco_rows(source: FinishedSet, path: Path, content: Mapping[str, Any]) -> list[list[str]]:
     """A row for each checkpoint: a run's file has `last` and `best`, that of tools/val_coco.py is one result."""
     known = _run_set(path)
-    if known:
+    if known is not None:
         _same_set(source, path, known)
     found = [content] if "all" in content else [content[key] for key in ("last", "best") if key in content]
     rows = []
@@ -168,7 +168,7 @@ def _coco_rows(source: FinishedSet, path: Path, content: Mapping[str, Any]) -> l
                     _percent(result["all"]["AP50"]),
                     plain(f"{result['images']}{subset}"),
                     plain(str(result["settings"]["imgsz"])),
-                    "yes" if known else "not recorded beside the file",
+                    "not recorded beside the file" if known is None else "yes",
                 ]
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -185,21 +185,22 @@ def _run_folder(path: Path) -> Path:
     return parent.parent if parent.name == "weights" else parent
 
 
-def _run_set(path: Path) -> str:
-    """The manifest's sha256 that the run's focusdd.yaml names; empty without one."""
+def _run_set(path: Path) -> str | None:
+    """The manifest's sha256 that the run's focusdd.yaml names, empty if it was trained on no set; None without one."""
     try:
         content = parse_yaml((_run_folder(path) / "focusdd.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    value = content.get("set_manifest_sha256") if isinstance(content, dict) else None
-    return value if isinstance(value, str) else ""
+        return None
+    if not isinstance(content, dict) or "set_manifest_sha256" not in content:
+        return None
+    return str(content["set_manifest_sha256"] or "")
 
 
 def _same_set(source: FinishedSet, path: Path, digest: Any) -> None:
     if digest != source.manifest_sha256:
         raise DataError(
-            f"results: the run of {path} was trained on another set (manifest sha256 {str(digest)[:12]}) than "
-            f"{source.folder} ({source.manifest_sha256[:12]}); its numbers do not belong on this card"
+            f"results: the run of {path} was trained on another set (manifest sha256 {str(digest)[:12] or 'none'}) "
+            f"than {source.folder} ({source.manifest_sha256[:12]}); its numbers do not belong on this card"
         )
 
 

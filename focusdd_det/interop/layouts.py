@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from focusdd_det import detset
+from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import suggest
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError
@@ -54,8 +55,9 @@ def class_order(names: Sequence[str], order: str, synsets: Callable[[], Sequence
     if order == "set":
         return tuple(names)
     if order in SUBSETS or (order == "auto" and len(names) == 10):
+        table = synsets()
         for subset in SUBSETS if order == "auto" else (order,):
-            own = tuple(synsets()[number] for number in SUBSETS[subset])
+            own = tuple(table[number] for number in SUBSETS[subset])
             if set(own) == set(names):
                 return own
             if order != "auto":
@@ -65,13 +67,6 @@ def class_order(names: Sequence[str], order: str, synsets: Callable[[], Sequence
                     f"differ. It has {', '.join(names[:20])}; use order=sorted or order=set"
                 )
     return tuple(sorted(names))
-
-
-def imagenet_synsets() -> Sequence[str]:
-    """ImageNet-1K's synsets by class number, from timm's own table."""
-    from timm.data import ImageNetInfo
-
-    return tuple(ImageNetInfo("imagenet-1k").label_names())
 
 
 def export_ddranking(
