@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +74,23 @@ def open_set(folder: Path) -> FinishedSet:
         raise DataError(f"{folder} is not a distilled set of this program (no build.yaml of one); give a set's folder")
     if folder.name.endswith(detset.INCOMPLETE) or not (folder / "COMPLETE").is_file():
         raise VerifyError(f"{folder} is a set whose build has not finished; run the build again, it goes on")
-    for name in detset.HASHED:
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise VerifyError(f"cannot read {folder / name}: {error.strerror}; get the set again") from error
-        if not detset.seals(folder, name, data):
+    try:
+        seal = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
+        found = {name: file_sha256(folder / name) for name in detset.HASHED}
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerifyError(f"{folder} cannot be read: {error}; get the set again") from error
+    for name, digest in found.items():
+        if not isinstance(seal, dict) or seal.get(name) != digest:
             raise VerifyError(
                 f"{folder / name}: not the bytes that COMPLETE names; `focusdd verify {folder}` says what is damaged"
             )
-        if name == "manifest.jsonl":
-            digest = sha256(data)
-    return FinishedSet(folder, task, tuple(detset.read_data_yaml(folder)), digest)
+    return FinishedSet(folder, task, tuple(detset.read_data_yaml(folder)), found["manifest.jsonl"])
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()

@@ -25,7 +25,7 @@ from typing import IO
 from focusdd_det import detset
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
-from focusdd_det.interop.finished import open_set
+from focusdd_det.interop.finished import file_sha256, open_set
 from focusdd_det.interop.folders import new_folder, refuse_existing, require_space
 from focusdd_det.interop.tar import BLOCK, RECORD, header, next_member, padding, unsafe
 
@@ -399,12 +399,3 @@ def _text(path: Path) -> str:
             return file.read(4096).decode("utf-8", "replace")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
