@@ -151,7 +151,7 @@ def test_fiftyone_s_importer_reads_a_classification_set(classes: Path) -> None:
 
 def test_load_dataset_finds_the_pictures(detections: Path, classes: Path, tmp_path: Path) -> None:
     """By the `configs` of the card: the composites, and not the contact sheet."""
-    datasets = needs("datasets")
+    datasets = needs("datasets.load")  # not `datasets`: this repository has a folder of that name
     (detections / "contact_sheet.jpg").write_bytes(next((detections / "images/train").iterdir()).read_bytes())
     found = datasets.load_dataset(str(detections), split="train", cache_dir=str(tmp_path / "cache"))
     (detections / "contact_sheet.jpg").unlink()
