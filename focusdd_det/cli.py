@@ -34,6 +34,9 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
   focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
+  focusdd export datasets/focusdd format=coco out=focusdd_coco              COCO JSON, DD-Ranking, RethinkDC
+  focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it
+  focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -233,6 +236,7 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "sheet": sheet_command,
     "grids": "focusdd_det.size_match:grids_command",
     "explain": "focusdd_det.explain_cli:explain_command",
+    **{name: f"focusdd_det.interop.commands:{name}_command" for name in ("export", "pack", "unpack", "card")},
 }
 
 

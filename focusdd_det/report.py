@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+import yaml
 
 from focusdd_det.compose import encode_jpeg, resize
 from focusdd_det.decode import decode
@@ -20,6 +21,51 @@ if TYPE_CHECKING:
     from focusdd_det.plan import Plan
 
 _TILE = 320  # px of a composite on the contact sheet
+NUMBERS_HEADING = "## Measured numbers"
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_NO_NUMBERS = """This file is sealed with the set, before anything was trained on it: it has none of its own. The
+results of a training belong beside it: `focusdd card SET results=RUN/{file} out=card.md` writes a copy of this card
+with the numbers of runs that were trained on this very set."""
+_LOAD_DETECT = """from ultralytics import YOLO
+YOLO("yolo11n.yaml").train(data="SET/data.yaml")
+
+import supervision as sv
+sv.DetectionDataset.from_yolo("SET/images/train", "SET/labels/train", "SET/data.yaml")
+
+import fiftyone as fo
+fo.Dataset.from_dir("SET", dataset_type=fo.types.YOLOv5Dataset, yaml_path="data.yaml", split="train")
+
+from datasets import load_dataset  # the pictures alone
+load_dataset("SET", split="train")
+"""
+_LOAD_CLASSIFY = """from torchvision.datasets import ImageFolder
+ImageFolder("SET/train")
+
+import supervision as sv
+sv.ClassificationDataset.from_folder_structure("SET/train")
+
+import fiftyone as fo
+fo.Dataset.from_dir("SET/train", dataset_type=fo.types.ImageClassificationDirectoryTree)
+
+from datasets import load_dataset  # classes are numbered by the sorted names of their folders
+load_dataset("SET", split="train")
+"""
+_CITATION = """## Citation
+
+The method is FocusDD; focusdd_det, which made this set, is an independent implementation of it.
+
+```bibtex
+@misc{focusdd,
+  title  = {{FocusDD}: Real-World Scene Infusion for Robust Dataset Distillation},
+  author = {Hu and others},
+  year   = {2025},
+  eprint = {2501.06405},
+  archivePrefix = {arXiv},
+  note   = {Published as {FocusDC}, CPAL 2026, PMLR 328}
+}
+```
+
+Cite the sources of the pictures as their own pages ask for."""
 
 
 def card(
@@ -29,7 +75,7 @@ def card(
     counts: dict[str, tuple[int, int]],
     blind: Sequence[str] = (),
 ) -> str:
-    """README.md of a set: what it holds, how it was made, what it lacks. The same text for the same bytes.
+    """README.md of a set, in the form of a Hugging Face dataset card. The same text for the same bytes.
 
     Args:
         items: the composites, in plan order.
@@ -38,8 +84,146 @@ def card(
         counts: class -> (usable sources, unusable ones).
         blind: classes that the ViT does not know.
     """
-    config = identity["config"]
     boxed = identity.get("task", "detect") == "detect"
+    sections = [
+        _front_matter(len(items), len(plan.class_map.names), identity, boxed),
+        _what(items, identity, boxed),
+        _method(items, identity, boxed),
+        _sources(items, counts),
+        _contents(items, plan, identity, blind, boxed),
+        _limits(identity, boxed),
+        NUMBERS_HEADING + "\n\n" + _NO_NUMBERS.format(file="coco_eval.json" if boxed else "accuracy.json"),
+        _loading(boxed),
+        _CITATION,
+    ]
+    return "\n\n".join(section.strip("\n") for section in sections) + "\n"
+
+
+def front_matter(content: dict[str, Any]) -> str:
+    """The YAML head of a card."""
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def licence_cell(root: str) -> str:
+    """What stands for the licence of a root's pictures until somebody names it: see interop/card.py."""
+    return f"| that of the pictures in `{plain(root)}` |"
+
+
+def plain(text: str) -> str:
+    """A name as it can stand in a Markdown table: on one line, without marks that end a cell or a code span."""
+    return "".join(c if c.isprintable() and c not in "|`<>" else "?" for c in text)
+
+
+def _front_matter(composites: int, classes: int, identity: dict[str, Any], boxed: bool) -> str:
+    config = identity["config"]
+    most = next((text for limit, text in _SIZES if composites < limit), "n>1M")
+    return front_matter(
+        {
+            "pretty_name": f"Distilled {'detection' if boxed else 'classification'} set ({config['method']}, "
+            f"{composites} composites, {classes} classes)",
+            "license": "other",
+            "license_name": "that-of-the-source-pictures",
+            "license_link": "README.md",
+            "task_categories": ["object-detection" if boxed else "image-classification"],
+            "annotations_creators": ["machine-generated"],
+            "size_categories": [most],
+            "tags": ["dataset-distillation", "focusdd", f"method-{config['method']}"],
+            "configs": [
+                {
+                    "config_name": "default",
+                    "data_files": [{"split": "train", "path": "images/train/*.jpg" if boxed else "train/*/*.jpg"}],
+                    "drop_labels": boxed,
+                }
+            ],
+        }
+    )
+
+
+def _what(items: Sequence[Item], identity: dict[str, Any], boxed: bool) -> str:
+    config = identity["config"]
+    kind = "detection" if boxed else "classification"
+    labels = (
+        f"Boxes and soft targets come from the teacher `{plain(identity['teacher']['name'])}`; nobody drew a box."
+        if boxed
+        else "A composite's class is that of its sources: the folder it lies in. Soft labels are made from it by "
+        "tools/relabel_cls.py and lie elsewhere."
+    )
+    unit = f" (`ipc_unit: {config['ipc_unit']}`)" if boxed else ""
+    cells = " or ".join(f"{n} x {n}" for n in _grids(items))
+    return f"""# A distilled {kind} set
+
+{len(items)} composites of {cells} cells, {config["image_size"]} px, method \
+`{config["method"]}`, {config["ipc"]} a class asked for{unit}, seed {config["seed"]}. {labels}
+
+It is training data only: a small stand-in for the photographs it was made from. It has no pictures to test on\
+{"; `val:` in data.yaml repeats the training pictures because Ultralytics wants such a key" if boxed else ""}."""
+
+
+def _grids(items: Sequence[Item]) -> list[int]:
+    return sorted({item.grid for item in items})
+
+
+def _method(items: Sequence[Item], identity: dict[str, Any], boxed: bool) -> str:
+    config = identity["config"]
+    kinds = Counter(cell.kind for item in items for cell in item.cells)
+    lines = [
+        f"- Selection: method `{config['method']}`, {kinds['key']} key patches and {kinds['background']} sources shown "
+        "whole in all. "
+        + (
+            "A vision transformer looks at every photograph; the windows of highest attention in the photographs of "
+            "highest score are cut out of the originals, others are shown whole."
+            if config["method"] == "focusdd"
+            else "docs/methods.md of focusdd_det says what it does; it is not the published FocusDD."
+        )
+    ]
+    if identity["selector"]:
+        own = identity["selector"]
+        lines.append(f"- Selector: `{plain(own['name'])}`, view {own['view']} px, sha256 `{own['sha256']}`.")
+    if boxed:
+        own = identity["teacher"]
+        lines.append(
+            f"- Teacher: `{plain(own['name'])}`, sha256 `{own['sha256']}`, on the {config['label_on']}, confidence "
+            f"from {config['conf']}, IoU {config['iou']}, boxes under {config['min_side']:g} px dropped."
+        )
+    shown = ("seed", "attention", "alpha", "side_ratio", "geometry", "crop", "selection", "stratify", "jpeg_quality")
+    lines.append("- Settings: " + ", ".join(f"`{key}={config[key]}`" for key in shown) + "; all of them: build.yaml.")
+    lines.append("- Made by focusdd_det " + str(identity["versions"]["focusdd_det"]) + "; manifest.jsonl names, for ")
+    lines[-1] += "every cell, the source picture, its sha256 and the crop."
+    return "## How it was made\n\n" + "\n".join(lines)
+
+
+def _sources(items: Sequence[Item], counts: dict[str, tuple[int, int]]) -> str:
+    bad = sum(count for _, count in counts.values())
+    cells: Counter[str] = Counter()
+    pictures: dict[str, set[str]] = defaultdict(set)
+    folders: dict[str, set[str]] = defaultdict(set)
+    for cell in (cell for item in items for cell in item.cells):
+        cells[cell.root] += 1
+        pictures[cell.root].add(cell.sha256)
+        folders[cell.root].add(cell.folder)
+    rows = [
+        f"| {plain(root)} | {cells[root]} | {len(pictures[root])} | {len(folders[root])} {licence_cell(root)}"
+        for root in sorted(cells)
+    ]
+    return "\n".join(
+        [
+            "## Sources and licences",
+            "",
+            "The pictures are cut out of photographs with licences of their own: this set may be used as they may. "
+            "A source is the folder that was given to the build, by its name:",
+            "",
+            "| source | cells | different pictures | class folders | licence |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined "
+            "(reasons: quarantine.jsonl)",
+        ]
+    )
+
+
+def _contents(items: Sequence[Item], plan: Plan, identity: dict[str, Any], blind: Sequence[str], boxed: bool) -> str:
+    config = identity["config"]
     keys = [c for item in items for c in item.cells if c.kind == "key"]
     # px of a source a px of its cell; 1 is the source's own size
     scales = [
@@ -49,67 +233,67 @@ def card(
     ]
     enlarged = sum(scale < 1 for scale in scales) / len(scales)
     beyond = sum(scale * 2 < 1 for scale in scales) / len(scales)
-    grids = sorted({item.grid for item in items})
-    cells = " or ".join(f"{n} x {n}" for n in grids)
-    px = " or ".join(str(config["image_size"] // n) for n in grids)
+    px = " or ".join(str(config["image_size"] // n) for n in _grids(items))
     by_group: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_group[item.group].append(item)
-    bad = sum(count for _, count in counts.values())
     lines = [
-        "---",
-        "license: other",
-        f"task_categories: [{'object-detection' if boxed else 'image-classification'}]",
-        f"tags: [dataset-distillation, focusdd, method-{config['method']}]",
-        "---",
-        "",
-        f"# A distilled {'detection' if boxed else 'classification'} set",
-        "",
-        f"{len(items)} composites of {cells} cells, {config['image_size']} px, "
-        f"method `{config['method']}`, {config['ipc']} a class asked for"
-        + (f" (`ipc_unit: {config['ipc_unit']}`)" if boxed else "")
-        + f", seed {config['seed']}. "
-        + (
-            f"Boxes and soft targets come from the teacher `{identity['teacher']['name']}`; nobody drew a box."
-            if boxed
-            else "A composite's class is that of its sources: the folder it lies in. Soft labels are made from it by "
-            "tools/relabel_cls.py and lie elsewhere."
-        ),
-        "",
-        "The pictures are cut out of photographs with licences of their own: this set may be used as they may. The "
-        "formulas of "
-        "the method are reconstructed from its published text.",
+        "## Classes and contents",
         "",
         *(_box_lines(items, keys) if boxed else ()),
         f"- cells enlarged to {px} px: {enlarged:.1%}; beyond 2x: {beyond:.1%}",
-        f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined (reasons: quarantine.jsonl)",
         f"- classes covered: {len({i.class_name for i in items})} of {len(plan.class_map.names)}",
     ]
     if blind:
-        lines.append(f"- the selector knows no class for {', '.join(blind)}: its largest probability stood in")
+        lines.append(f"- the selector knows no class for {_names(blind)}: its largest probability stood in")
     if plan.uncovered:
-        lines.append(f"- not covered: {', '.join(plan.uncovered)}")
+        lines.append(f"- not covered: {_names(plan.uncovered)}")
     planned = {group.name: group.ipc for group in plan.groups}
-    fewer = [
-        f"{name} {len(by_group[name])}"
-        for name, ipc in planned.items()
-        if len(by_group[name]) < identity["config"]["ipc"]
-    ]
+    fewer = [f"{name} {len(by_group[name])}" for name in planned if len(by_group[name]) < config["ipc"]]
     if fewer:
-        lines.append(f"- fewer than {config['ipc']} composites: {', '.join(fewer)}")
+        lines.append(f"- fewer than {config['ipc']} composites: {_names(fewer)}")
     if plan.short and config["short_class"] == "skip":
-        lines.append(f"- left out, too few sources: {', '.join(sorted(plan.short))}")
+        lines.append(f"- left out, too few sources: {_names(sorted(plan.short))}")
     if not boxed:
         lines += ["", "| class | composites | mean p of its key patches | mean share |", "|---|---|---|---|"]
         lines += [_class_row(name, members) for name, members in by_group.items()]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines)
     lines += ["", "| class | composites | replaced | boxes | key cells confirmed |", "|---|---|---|---|---|"]
     for name, members in by_group.items():
         own = [c for item in members for c in item.cells if c.kind == "key"]
         replaced = max(item.proposal for item in members) + 1 - len(members)
         confirmed = f"{sum(c.confirmed for c in own)} of {len(own)}" if own else "-"
-        lines.append(f"| {name} | {len(members)} | {replaced} | {sum(i.boxes for i in members)} | {confirmed} |")
-    return "\n".join(lines) + "\n"
+        boxes = sum(i.boxes for i in members)
+        lines.append(f"| {plain(name)} | {len(members)} | {replaced} | {boxes} | {confirmed} |")
+    return "\n".join(lines)
+
+
+def _limits(identity: dict[str, Any], boxed: bool) -> str:
+    lines = ["- The formulas of the method are reconstructed from its published text."]
+    if boxed:
+        lines += [
+            "- The boxes are a detector's: objects that it misses have none, its mistakes are in the labels, and a set "
+            "cannot be used to measure that detector. A composite holds objects of other classes than the one it was "
+            "made for.",
+            "- Objects are cut at the edges of cells, where no camera would cut them.",
+        ]
+    else:
+        lines.append("- A composite is given one class, that of its folder, whatever else its cells show.")
+    if identity["selector"]:
+        lines.append(
+            "- The selector prefers what it is sure of: typical, large, well-lit views. Rare views, and the people and "
+            "places that its own training pictures lack, are rarer here than in the sources."
+        )
+    lines.append("- Whatever is skewed in the sources (who took them, where, of what) is skewed here.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _loading(boxed: bool) -> str:
+    return "## How to load it\n\n```python\n" + (_LOAD_DETECT if boxed else _LOAD_CLASSIFY) + "```"
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(map(plain, names))
 
 
 def _box_lines(items: Sequence[Item], keys: Sequence[Cell]) -> list[str]:
@@ -125,9 +309,9 @@ def _box_lines(items: Sequence[Item], keys: Sequence[Cell]) -> list[str]:
 def _class_row(name: str, members: Sequence[Item]) -> str:
     keys = [cell for item in members for cell in item.cells if cell.kind == "key"]
     if not keys:
-        return f"| {name} | {len(members)} | - | - |"
+        return f"| {plain(name)} | {len(members)} | - | - |"
     p, share = (sum(values) / len(keys) for values in ([c.p for c in keys], [c.share for c in keys]))
-    return f"| {name} | {len(members)} | {p:.3f} | {share:.3f} |"
+    return f"| {plain(name)} | {len(members)} | {p:.3f} | {share:.3f} |"
 
 
 def contact_sheet(

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_backbones import mine
 
-from focusdd_det import explain_cli
+from focusdd_det import explain_cli, plugins
 from focusdd_det.backbones import BACKBONES
 from focusdd_det.build import build, load_class_config, load_config
 from focusdd_det.cli import main
@@ -235,6 +235,7 @@ def test_a_backbone_of_the_users_own_is_explained(tmp_path: Path, bench: Path) -
         assert run(picture, *where, "batch=1") == 0
     finally:
         BACKBONES.pop("mine", None)
+        plugins._loaded.clear()
     assert (tmp_path / "out" / "2.png").is_file()
 
 
