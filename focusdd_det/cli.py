@@ -32,6 +32,8 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+  focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
+  focusdd map audit source=imagenet/train teacher=yolo11x.pt                does the teacher find each folder's class?
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -221,12 +223,28 @@ def classify_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def stats_command(argv: Sequence[str]) -> int:
+    """`focusdd stats <set> ...`."""
+    from focusdd_det.stats.command import stats_command as run
+
+    return run(argv)
+
+
+def map_command(argv: Sequence[str]) -> int:
+    """`focusdd map audit ...`."""
+    from focusdd_det.map_audit import map_command as run
+
+    return run(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
+    "stats": stats_command,
+    "map": map_command,
 }
 
 
