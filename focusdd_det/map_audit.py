@@ -167,7 +167,8 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
         DataError: no such source, or nothing in it to look at.
     """
     class_map = read_class_map(find_map(config.class_map), LEVELS)
-    named = titles(_levels(config))
+    content = _levels(config)
+    named = titles(content)
     places: list[_Place] = []
     for entry in config.sources:
         places.append(_place(entry, class_map, {place.root.name for place in places}))
@@ -180,7 +181,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     for place in places:
         tallies = {}
         for folder in place.root.folders:
-            tally = _tally(place, folder, class_map, named)
+            tally = _tally(place, folder, class_map, named, bool(content))
             if tally.level in config.levels or (tally.level is None and config.unmapped):
                 tallies[folder] = tally
         drawn = _draw(place.root, set(tallies), config.per_synset, config.seed)
@@ -216,10 +217,11 @@ def _place(entry: str, class_map: ClassMap, taken: set[str]) -> _Place:
     return _Place(Root(name, location, {folder: table.get(folder, "") for folder in there}), table if own else None)
 
 
-def _tally(place: _Place, folder: str, class_map: ClassMap, named: Mapping[str, str]) -> Tally:
+def _tally(place: _Place, folder: str, class_map: ClassMap, named: Mapping[str, str], levelled: bool) -> Tally:
     name = place.root.folders[folder] or None
     level = None if name is None else "exact" if place.own is not None else class_map.levels[folder]
-    return Tally(place.root.name, folder, named.get(folder, ""), name, level, place.own is not None)
+    own = place.own is not None
+    return Tally(place.root.name, folder, named.get(folder, ""), name, level, own, not own and levelled)
 
 
 def _draw(root: Root, folders: set[str], count: int, seed: int) -> dict[str, tuple[Located, ...]]:

@@ -27,7 +27,8 @@ class Tally:
     Attributes:
         root, folder: where it is; title: what the map's comment calls it.
         class_name, level: of the map; None when the map does not name the folder. A map without levels is `exact`.
-        own_map: whether the source has a map of its own, which knows no levels.
+        own_map: whether the source has a map of its own.
+        has_levels: whether its map has levels, so that it can be lowered.
         pictures: looked at; bad: those of the draw that could not be used.
         found: class -> pictures in which it is.
         main: class -> pictures in which its box is the largest of all.
@@ -39,6 +40,7 @@ class Tally:
     class_name: str | None = None
     level: str | None = None
     own_map: bool = False
+    has_levels: bool = True
     pictures: int = 0
     bad: int = 0
     found: Counter[str] = field(default_factory=Counter)
@@ -57,7 +59,7 @@ class Tally:
         """
         self.pictures += 1
         seen = {name: area for name, (score, area) in boxes.items() if score > conf}
-        self.found.update(seen)
+        self.found.update(list(seen))
         if seen:
             self.main[max(sorted(seen), key=lambda name: seen[name])] += 1
 
@@ -124,7 +126,7 @@ def _change(tally: Tally, found_share: float, add_share: float) -> Change | None
     share = tally.share(own)
     if share >= found_share:
         return None
-    if tally.level == "near" or tally.own_map or share < HARDLY * found_share:
+    if tally.level == "near" or not tally.has_levels or share < HARDLY * found_share:
         return change("drop", None, None, both)
     return change("lower", own, "near", both)
 
