@@ -84,7 +84,7 @@ def test_two_sets_beside_each_other(
     assert main(["stats", str(sets[0]), str(sets[1]), f"out={out}"]) == 0
     printed = capsys.readouterr().out
     assert "| | one | two | COCO (177 pictures) |" in printed
-    assert "our reading" not in printed and "177 pictures of COCO val2017" in printed
+    assert "our reading" in printed and "177 pictures of COCO val2017" in printed
     expected = {"stats.json", "stats.md", "overview.png", "box_sizes.png", "boxes_per_image.png"}
     assert expected | {"class_counts.png", "confidence.png", "snr.png"} == {path.name for path in out.iterdir()}
     for path in out.glob("*.png"):

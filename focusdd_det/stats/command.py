@@ -148,6 +148,8 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
     from focusdd_det.stats import curvature, curves, plots, summary
     from focusdd_det.stats.collect import read_set
 
+    if options.weights:
+        curvature.require_classification(options.sets)
     runs = [curves.read_run(run, name) for run, name in zip(options.runs, short_names(options.runs), strict=True)]
     beside = _reference(options)
     vit = None
@@ -167,6 +169,7 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
     parts = [summary.table(told, beside)]
     if beside is not None:
         parts.append(f"Reference: {beside.origin}.")
+    parts.append("SNR: 20 log10(mean / sigma), sigma by the 3 x 3 Laplacian (Immerkaer): our reading of Appendix D.")
     content: dict[str, Any] = {"focusdd_det": __version__, "sets": told}
     content["reference"] = None if beside is None else summary.reference_numbers(beside)
     if vit is not None:

@@ -14,6 +14,7 @@ from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.nets import Classifier, load_weights, net_of_spec, read_spec
 from focusdd_det.classify.views import Pictures
 from focusdd_det.compose import resize
+from focusdd_det.detset import task_of
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.stats.hessian import Trace, hessian_trace
@@ -63,6 +64,21 @@ class Sharpness:
         )
 
 
+def require_classification(sets: Sequence[Path]) -> None:
+    """Refuses detection sets, before anything is read.
+
+    Raises:
+        ConfigError: naming the set.
+    """
+    for folder in sets:
+        if task_of(folder) == "detect":
+            raise ConfigError(
+                f"{folder} is a detection set; the Hessian trace is offered for classifiers on classification sets. "
+                "The loss of a detector depends on how boxes are matched to anchors, so it has no second derivative "
+                "where the matching changes"
+            )
+
+
 def sharpness(weights: Path, folder: Path, probes: int, seed: int, batch: int, device: str) -> Sharpness:
     """The Hessian trace of a trained classifier on a classification set.
 
@@ -76,18 +92,9 @@ def sharpness(weights: Path, folder: Path, probes: int, seed: int, batch: int, d
         batch: pictures at a time; of no consequence for the result but rounding.
 
     Raises:
-        ConfigError: a detection set.
         WeightsError: no such checkpoint, or one of other classes.
         DataError, VerifyError: the set cannot be read.
     """
-    from focusdd_det.detset import task_of
-
-    if task_of(folder) == "detect":
-        raise ConfigError(
-            f"{folder} is a detection set; the Hessian trace is offered for classifiers on classification sets. The "
-            "loss of a detector depends on how boxes are matched to anchors, so its second derivative is not defined "
-            "everywhere"
-        )
     data = read_class_set(folder, "train")
     model, size = _load(weights, data.names, device)
     parameters = [p.requires_grad_(True) for p in model.parameters()]
