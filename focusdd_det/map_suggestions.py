@@ -205,6 +205,11 @@ def report(tallies: Sequence[Tally], wanted: Sequence[Change], head: Sequence[st
     counts = Counter(change.kind for change in wanted)
     told_kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("lower", "drop", "move", "add"))
     lines += [f"Suggestions: {told_kinds}. None is applied."]
+    if bare := _left_bare(tallies, wanted):
+        lines += [
+            "",
+            f"Classes that would be left without an exact or strong folder of these sources: {', '.join(bare)}.",
+        ]
     if mapped:
         lines += ["", "## Folders of the map, worst first", ""]
         lines += ["| folder | | class (level) | pictures | found in | 95 % | others found | suggestion |"]
@@ -223,6 +228,14 @@ def report(tallies: Sequence[Tally], wanted: Sequence[Change], head: Sequence[st
         lines += ["", "## Classes", "", "| class | folders | pictures | found in |", "|---|---|---|---|"]
         lines += _class_rows(mapped)
     return "\n".join(lines) + "\n"
+
+
+def _left_bare(tallies: Sequence[Tally], wanted: Sequence[Change]) -> list[str]:
+    """Classes that have folders which a build takes, and would have none of them with the changes."""
+    gone = {(change.root, change.folder) for change in wanted}
+    before = {t.class_name for t in tallies if t.class_name and t.level != "near"}
+    kept = {t.class_name for t in tallies if t.level != "near" and (t.root, t.folder) not in gone}
+    return sorted(before - kept - {change.new for change in wanted if change.new_level != "near"} - {None})  # type: ignore[type-var]
 
 
 def _mapped_row(tally: Tally, change: Change | None) -> str:

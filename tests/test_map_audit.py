@@ -195,6 +195,7 @@ def test_an_audit_counts_suggests_and_writes(
     text = (tmp_path / "audit" / "audit.md").read_text()
     assert text.index("| wrong |") < text.index("| squares |") < text.index("| discs |")  # worst first
     assert "Suggestions: 0 lower, 1 drop, 1 move, 1 add. None is applied." in text and text in capsys.readouterr().out
+    assert "left without an exact or strong folder of these sources: square." in text
     suggested = read_class_map(tmp_path / "audit" / "suggestions.yaml", LEVELS)
     assert suggested.folders == {"discs": "disc", "wrong": "bar", "odd": "bar"}
     assert before == {path: path.read_bytes() for path in before}

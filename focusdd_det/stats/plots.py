@@ -123,18 +123,19 @@ def confidence(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> N
     for one, colour in zip(sets, _colours(), strict=False):
         _steps(ax, one.confidence, edges, colour, f"{one.name}: mean {one.confidence.mean():.2f}")
     ax.set(title="How sure the teacher is of its boxes", xlabel="confidence", ylabel="boxes, %", xlim=(0, 1))
-    ax.legend(loc="upper left")
+    _legend_above(ax)
 
 
 def snr(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
     """Shares of the images by signal to noise."""
     values = [one.snr[np.isfinite(one.snr)] for one in sets]
     low, high = (float(f(np.concatenate(values))) for f in (np.min, np.max))
-    edges = np.linspace(np.floor(low), np.ceil(high) if high > np.floor(low) else low + 1, 25)
+    bins = int(np.clip(2 * np.cbrt(max(map(len, values))), 8, 30))
+    edges = np.linspace(np.floor(low), np.ceil(high) if high > np.floor(low) else low + 1, bins + 1)
     for one, known, colour in zip(sets, values, _colours(), strict=False):
         _steps(ax, known, edges, colour, f"{one.name}: mean {known.mean():.1f} dB")
     ax.set(title="Signal to noise (3 x 3 Laplacian)", xlabel="SNR, dB", ylabel="images, %")
-    ax.legend(loc="upper left")
+    _legend_above(ax)
 
 
 def class_counts(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
@@ -162,13 +163,16 @@ def class_counts(ax: Any, sets: Sequence[Facts], reference: Reference | None) ->
 def loss_curves(ax: Any, runs: Sequence[Curves]) -> None:
     """The training loss; of a single run every term of it too."""
     for run, colour in zip(runs, _colours(), strict=False):
-        ax.plot(*_xy(run.total), color=colour, linewidth=1.8, label=run.name)
+        x, y = _xy(run.total)
+        window = max(1, len(x) // 50)  # epochs of few steps jump: the line is a running mean, the jumps stay faint
+        if window > 1:
+            ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
+        ax.plot(x, _running_mean(y, window), color=colour, linewidth=1.8, label=run.name)
         if len(runs) == 1 and len(run.losses) > 1:
             for (term, points), other in zip(run.losses.items(), _colours()[1:], strict=False):
                 ax.plot(*_xy(points), color=other, linewidth=1.1, label=term)
-    ax.set(
-        title="Training loss" + ("" if len(runs) == 1 else " (sum of each run's terms)"), xlabel="epoch", ylabel="loss"
-    )
+    sums = len(runs) > 1 and any(len(run.losses) > 1 for run in runs)
+    ax.set(title="Training loss" + (" (sum of each run's terms)" if sums else ""), xlabel="epoch", ylabel="loss")
     ax.set_ylim(bottom=0)
     ax.legend(loc="upper right")
 
@@ -214,6 +218,21 @@ def _steps(ax: Any, values: NDArray[np.float64], edges: NDArray[np.float64], col
     shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
     ax.stairs(shares, edges, color=colour, linewidth=1.8, label=label)
     ax.stairs(shares, edges, fill=True, color=colour, alpha=0.12)
+
+
+def _legend_above(ax: Any) -> None:
+    """A legend in the upper left, over the bars."""
+    rows = len(ax.get_legend_handles_labels()[0])
+    ax.set_ylim(0, ax.get_ylim()[1] * (1.05 + 0.08 * rows))
+    ax.legend(loc="upper left")
+
+
+def _running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
+    """The mean of each value and those before it, `window` of them where there are so many."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return np.asarray((total[end] - total[start]) / (end - start), np.float64)
 
 
 def _capped(counts: NDArray[np.int64], most: int) -> NDArray[np.float64]:
