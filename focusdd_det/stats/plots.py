@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,11 +43,12 @@ _STYLE = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
 }
-Panel = Callable[..., None]  # (ax, sets, reference)
+Panel = Callable[..., None]  # (ax, sets, reference, colours)
 
 
 def figures(sets: Sequence[Facts], reference: Reference | None) -> dict[str, bytes]:
     """File name -> PNG, one a statistic that at least one of the sets has, and overview.png with all of them."""
+    colours = {one.name: COLOURS[i % len(COLOURS)] for i, one in enumerate(sets)}  # the same in all pictures
     boxed = [one for one in sets if one.task == "detect" and len(one.sizes)]
     panels: dict[str, tuple[Panel, Sequence[Facts]]] = {}
     if boxed:
@@ -61,12 +62,16 @@ def figures(sets: Sequence[Facts], reference: Reference | None) -> dict[str, byt
     pngs = {}
     for name, (panel, members) in panels.items():
         height = _class_height(members) if name == "class_counts" else 3.8
-        pngs[f"{name}.png"] = _png(1, 1, (6.2, height), [partial(panel, sets=members, reference=reference)])
+        pngs[f"{name}.png"] = _png(
+            1, 1, (6.2, height), [partial(panel, sets=members, reference=reference, colours=colours)]
+        )
     several = [name for name in panels if name != "class_counts"]
     columns = min(2, len(several))
     if columns:
         rows = -(-len(several) // columns)
-        cells = [partial(panels[name][0], sets=panels[name][1], reference=reference) for name in several]
+        cells = [
+            partial(panels[name][0], sets=panels[name][1], reference=reference, colours=colours) for name in several
+        ]
         pngs["overview.png"] = _png(rows, columns, (6.0 * columns, 3.6 * rows), cells)
     return pngs
 
@@ -82,12 +87,12 @@ def curves_png(runs: Sequence[Curves]) -> bytes:
 # --- a panel each
 
 
-def box_sizes(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
+def box_sizes(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Shares of the boxes by sqrt(area) / side, on a logarithmic axis."""
     if reference is not None:
         ax.stairs(100 * reference.shares, EDGES, fill=True, color="#dddddd", label=reference.name)
         ax.stairs(100 * reference.shares, EDGES, color=GREY, linewidth=1)
-    for one, colour in zip(sets, _colours(), strict=False):
+    for one, colour in _coloured(sets, colours):
         ax.stairs(100 * size_shares(one.sizes), EDGES, color=colour, linewidth=1.8, label=one.name)
     ax.set_xscale("log")
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -98,7 +103,7 @@ def box_sizes(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> No
     ax.legend(loc="upper left")
 
 
-def boxes_per_image(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
+def boxes_per_image(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Shares of the images by their number of boxes; the last bar holds all above."""
     most = max(5, min(30, int(max(np.quantile(one.boxes_per_image, 0.99) for one in sets))))
     at = np.arange(most + 1)
@@ -107,7 +112,7 @@ def boxes_per_image(ax: Any, sets: Sequence[Facts], reference: Reference | None)
         edges = np.arange(most + 2) - 0.5
         ax.stairs(100 * _capped(known, most), edges, fill=True, color="#dddddd", label=reference.name)
         ax.stairs(100 * _capped(known, most), edges, color=GREY, linewidth=1)
-    for i, (one, colour) in enumerate(zip(sets, _colours(), strict=False)):
+    for i, (one, colour) in enumerate(_coloured(sets, colours)):
         shares = 100 * _capped(one.boxes_per_image, most)
         ax.plot(at, shares, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=one.name, zorder=3 + i)
     step = -(-most // 10)
@@ -117,34 +122,34 @@ def boxes_per_image(ax: Any, sets: Sequence[Facts], reference: Reference | None)
     ax.legend(loc="upper right")
 
 
-def confidence(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
+def confidence(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Shares of the boxes by the teacher's confidence."""
     edges = np.linspace(0, 1, 21)
-    for one, colour in zip(sets, _colours(), strict=False):
+    for one, colour in _coloured(sets, colours):
         _steps(ax, one.confidence, edges, colour, f"{one.name}: mean {one.confidence.mean():.2f}")
     ax.set(title="How sure the teacher is of its boxes", xlabel="confidence", ylabel="boxes, %", xlim=(0, 1))
     _legend_above(ax)
 
 
-def snr(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
+def snr(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Shares of the images by signal to noise."""
     values = [one.snr[np.isfinite(one.snr)] for one in sets]
     low, high = (float(f(np.concatenate(values))) for f in (np.min, np.max))
     bins = int(np.clip(2 * np.cbrt(max(map(len, values))), 8, 30))
     edges = np.linspace(np.floor(low), np.ceil(high) if high > np.floor(low) else low + 1, bins + 1)
-    for one, known, colour in zip(sets, values, _colours(), strict=False):
+    for (one, colour), known in zip(_coloured(sets, colours), values, strict=True):
         _steps(ax, known, edges, colour, f"{one.name}: mean {known.mean():.1f} dB")
     ax.set(title="Signal to noise (3 x 3 Laplacian)", xlabel="SNR, dB", ylabel="images, %")
     _legend_above(ax)
 
 
-def class_counts(ax: Any, sets: Sequence[Facts], reference: Reference | None) -> None:
+def class_counts(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Boxes (of classification sets: images) a class, most frequent first."""
     names, counts = _by_class(sets)
     shown = names[:MOST_CLASSES]
     thickness = 0.8 / len(sets)
     at = np.arange(len(shown))
-    for i, (one, colour) in enumerate(zip(sets, _colours(), strict=False)):
+    for i, (one, colour) in enumerate(_coloured(sets, colours)):
         values = [counts[i].get(name, 0) for name in shown]
         places = at + (i - (len(sets) - 1) / 2) * thickness
         bars = ax.barh(places, values, thickness * 0.92, color=colour, label=one.name)
@@ -253,6 +258,10 @@ def _by_class(sets: Sequence[Facts]) -> tuple[list[str], list[dict[str, int]]]:
 def _class_height(sets: Sequence[Facts]) -> float:
     bars = min(MOST_CLASSES, len(_by_class(sets)[0]))
     return 1.3 + bars * max(0.2, 0.11 * len(sets))
+
+
+def _coloured(sets: Sequence[Facts], colours: Mapping[str, str]) -> list[tuple[Facts, str]]:
+    return [(one, colours[one.name]) for one in sets]
 
 
 def _colours() -> list[str]:
