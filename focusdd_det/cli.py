@@ -37,6 +37,8 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd export datasets/focusdd format=coco out=focusdd_coco              COCO JSON, DD-Ranking, RethinkDC
   focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it
   focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
+  focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
+  focusdd map audit source=imagenet/train teacher=yolo11x.pt                does the teacher find each folder's class?
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -237,6 +239,8 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "grids": "focusdd_det.size_match:grids_command",
     "explain": "focusdd_det.explain_cli:explain_command",
     **{name: f"focusdd_det.interop.commands:{name}_command" for name in ("export", "pack", "unpack", "card")},
+    "stats": "focusdd_det.stats.command:stats_command",
+    "map": "focusdd_det.map_audit:map_command",
 }
 
 
