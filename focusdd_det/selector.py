@@ -75,6 +75,24 @@ class Selector:
         probabilities = logits.float().softmax(dim=1)
         return probabilities.cpu(), attention.reshape(len(x), self.grid, self.grid).float().cpu()
 
+    def with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and what the classifier's head is shown: timm's forward_head(pre_logits=True), at length 1.
+
+        Returns:
+            probabilities, attention, and features [B, d] float32 on the CPU.
+        """
+        shown: list[Tensor] = []
+        heads = self.model.get_classifier()  # type: ignore[operator]
+        head = heads[0] if isinstance(heads, (tuple, list)) else heads  # a distilled ViT has two
+        hook = head.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+        try:
+            probabilities, attention = self(pixels)
+        finally:
+            hook.remove()
+        if len(shown) != 1 or shown[0].ndim != 2:
+            raise WeightsError("the selector's features cannot be read: its head does not see one vector a picture")
+        return probabilities, attention, nn.functional.normalize(shown[0].float(), dim=1).cpu()
+
 
 class ClassTokenRows:
     """Collects, while the ViT runs, each block's attention row of the class token over the patch tokens.
