@@ -209,13 +209,13 @@ class ScoreStore:
             p=confidence,
             score=realism(confidence, np.array(share, np.float64), alpha),
             phash=np.array(phash, np.int64).view(np.uint64),
-            features=self._vectors(bytes(vectors), len(ids)) if features else None,
+            features=self._vectors(vectors, len(ids)) if features else None,
         )
         return table, unusable
 
-    def _vectors(self, data: bytes, count: int) -> NDArray[np.float16]:
+    def _vectors(self, data: bytearray, count: int) -> NDArray[np.float16]:
         """[count, d] float16, never NaN."""
-        values = np.frombuffer(data[: len(data) // 2 * 2], np.float16)
+        values = np.frombuffer(memoryview(data)[: len(data) // 2 * 2], np.float16)
         if (count and (not len(values) or len(values) % count)) or not np.isfinite(values).all():
             raise DiskError(f"{self.path} is damaged: its features are not one vector a source; remove it")
         return values.reshape(count, -1) if count else values.reshape(0, 1)

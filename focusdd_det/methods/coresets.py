@@ -39,7 +39,9 @@ class _Coreset(Whole):
             raise ConfigError(f"{type(self).__name__} needs the features of the candidates, and there are none")
         if not len(by_hash):
             return by_hash
-        return by_hash[self.choose(candidates.features[by_hash], config, group)]
+        sorted_already = bool((by_hash[1:] > by_hash[:-1]).all())  # the store's are: no copy of them
+        features = candidates.features if sorted_already else candidates.features[by_hash]
+        return by_hash[self.choose(features, config, group)]
 
     def choose(self, features: Features, config: SetConfig, group: str) -> Order:
         """Positions, first choice first, of sources that are sorted by content hash."""
