@@ -35,6 +35,7 @@ from focusdd_det.report import card, contact_sheet
 from focusdd_det.scores import ScoreStore, score_all
 from focusdd_det.selector import Selector, load_selector, token_grid
 from focusdd_det.teacher import load_detector
+from focusdd_det.window_judge import WindowJudge
 
 log = logging.getLogger("focusdd")
 
@@ -47,6 +48,7 @@ MACHINE_KEYS = (
 _SINCE: dict[str, Any] = {"grids": [], "own_conf": None, "contradiction": "keep"}
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously
+_BYTES_OF_FEATURES = 2048  # of a source: 1,024 channels in float16
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     grid = selector.grid if selector else token_grid(config.selector, config.selector_weights, config.view)
+    judge = _judge(config, method, plan, labeller, grid)
     identity = _identity(config, plan, selector, grid, teacher)
     if _already_there(out, work, identity, config, plan, resume):
         return _result(out, plan, {"all": time.monotonic() - started})
@@ -112,11 +115,11 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     with detset.locked(work):
         if config.grow_from:
             _grow(Path(config.grow_from), work, identity)
-        _require_space(work, plan, config)
+        _require_space(work, plan, config, method)
         store = ScoreStore(Path(config.scores) if config.scores else work / "scores.sqlite")
         try:
             with _phase(seconds, "score"):
-                _score(config, method, plan, store, selector)
+                _score(config, method, plan, store, selector, judge)
             with _phase(seconds, "compose"):
                 items = compose_all(Bench(config, plan, method, store, grid, labeller, work, _workers(config)))
             with _phase(seconds, "finish"):
@@ -339,9 +342,10 @@ def _check_grown(source: Path, items: Sequence[detset.Item]) -> None:
         )
 
 
-def _require_space(work: Path, plan: Plan, config: SetConfig) -> None:
+def _require_space(work: Path, plan: Plan, config: SetConfig, method: Method) -> None:
     done = sum(1 for _ in detset.read_manifest(work, tolerant=True))
-    need = int(max(0, plan.composites - done) * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * 400)
+    row = 400 + (_BYTES_OF_FEATURES if method.needs_features else 0)
+    need = int(max(0, plan.composites - done) * (config.image_size**2 * _BYTES_PER_PIXEL + 16_000) + plan.sources * row)
     have = shutil.disk_usage(work).free
     if have < need:
         raise DiskError(
@@ -362,13 +366,28 @@ def _selector(config: SetConfig, method: Method) -> Selector | None:
     )  # fmt: skip
 
 
-def _score(config: SetConfig, method: Method, plan: Plan, store: ScoreStore, selector: Selector | None) -> None:
+def _judge(config: SetConfig, method: Method, plan: Plan, labeller: Labeller, grid: int) -> WindowJudge | None:
+    """The teacher that labels composites also looks at sources, for methods that want it."""
+    if not method.needs_teacher or not isinstance(config, BuildConfig) or not isinstance(labeller, TeacherBoxes):
+        return None
+    return WindowJudge(labeller.detector, method, config, {g.name: g.class_index for g in plan.groups}, grid)
+
+
+def _score(
+    config: SetConfig,
+    method: Method,
+    plan: Plan,
+    store: ScoreStore,
+    selector: Selector | None,
+    judge: WindowJudge | None,
+) -> None:
     columns = _columns(config, plan, selector)
     blind = _blind(config, plan, selector)
     if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
-    with progress_bar(plan.sources, "looking at sources") as bar:
-        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update)
+    who = f"{Path(judge.config.teacher).name} looks at sources" if judge else "looking at sources"
+    with progress_bar(plan.sources, who) as bar:
+        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge)
 
 
 def _blind(config: SetConfig, plan: Plan, selector: Selector | None) -> list[str]:

@@ -28,7 +28,7 @@ from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
 from focusdd_det.labelling import Labeller, Look
 from focusdd_det.layouts import Layouts, cell_sizes
-from focusdd_det.methods import Method
+from focusdd_det.methods import Method, check_order
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar
 from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
@@ -138,10 +138,12 @@ def _one_class(
 ) -> _Class:
     """The composites of one class, in order, into `bench.made`."""
     config, method, layouts = bench.config, bench.method, bench.layouts
-    candidates, banned = bench.store.candidates(group.name, config.alpha)
+    candidates, banned = bench.store.candidates(group.name, config.alpha, method.needs_features)
     made = bench.made.setdefault(group.name, [])
-    order = method.order(candidates, config, group.name)
-    backgrounds = method.backgrounds(candidates, config, group.name)
+    n = len(candidates)
+    order = check_order(method.order(candidates, config, group.name), n, config.method, "order")
+    backgrounds = check_order(method.backgrounds(candidates, config, group.name), n, config.method, "backgrounds")
+    candidates = replace(candidates, features=None)  # classes that are in work together need not hold them
 
     def proposed(start: int) -> Iterator[Proposal]:
         reserved = layouts.keys(group.name, group.ipc) if config.selection == "paper" else 0

@@ -116,7 +116,8 @@ def make_plan(config: SetConfig) -> Plan:
             "no sources: give --source PATH (class folders such as n01440764/*.JPEG), as often as you like; "
             "--source PATH::MAP.yaml for folders with names of your own"
         )
-    config = method_of(config).adapt(config)
+    method = method_of(config)
+    config = method.adapt(config)
     if isinstance(config, BuildConfig):
         class_map = read_class_map(find_map(config.class_map), config.levels)
     else:
@@ -140,6 +141,13 @@ def make_plan(config: SetConfig) -> Plan:
         hashes[root.name] = digest
         notes += more
     plan, more_problems = _groups(config, class_map, hashes, roots, notes)
+    if method.needs_teacher and isinstance(config, BuildConfig):
+        note = (
+            f"method={config.method}: {Path(config.teacher).name} looks at each of the {plan.sources} sources at "
+            f"{config.image_size} px before anything is composed (a pass of YOLO11x is about 20 times that of DeiT-S); "
+            "scores=FILE keeps what it finds for the next build"
+        )
+        plan = replace(plan, notes=(*plan.notes, note))
     if roots and not (unknown and len(unknown) == len(config.classes)):
         problems += more_problems
     if unknown or problems:
@@ -152,14 +160,25 @@ def method_of(config: SetConfig) -> Method:
     """The method that `method=` names; the user's own files are loaded first.
 
     Raises:
-        ConfigError: there is none of that name, or a plugin fails.
+        ConfigError: there is none of that name, a plugin fails, or the method cannot do what the config asks for.
     """
     load_plugins(config.plugins)
     if config.method not in METHODS:
         raise ConfigError(
             f"method={config.method}: expected one of {', '.join(METHODS)}{suggest(config.method, list(METHODS))}"
         )
-    return METHODS[config.method]
+    method = METHODS[config.method]
+    if method.needs_teacher and not isinstance(config, BuildConfig):
+        raise ConfigError(
+            f"method={config.method} ranks windows by what a detection teacher finds in them, and a classification "
+            "build has none; use method=realism (the crop that the classifier is surest of) or method=focusdd"
+        )
+    if config.grow_from and not method.growable:
+        raise ConfigError(
+            f"grow_from: method={config.method} chooses other sources for another ipc, so a smaller set is not the "
+            "beginning of a larger one; build without grow_from, or use a method that can grow, such as herding"
+        )
+    return method
 
 
 def layouts_of(config: SetConfig, method: Method) -> Layouts:

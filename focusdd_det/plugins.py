@@ -14,11 +14,12 @@ from pathlib import Path
 
 from focusdd_det.errors import ConfigError
 
-_loaded: dict[str, Path] = {}  # content hash -> file
+_MODULE = "focusdd_det_plugin_"  # and the beginning of the content's hash
+_loaded: dict[str, str] = {}  # file name -> hash of the content that ran last
 
 
 def load_plugins(files: Iterable[str]) -> dict[str, str]:
-    """Run each file once, whatever the number of calls.
+    """Run each file once, whatever the number of calls; again when its content is another than the last time.
 
     Returns:
         File name -> sha256 of its content.
@@ -41,14 +42,19 @@ def load_plugins(files: Iterable[str]) -> dict[str, str]:
         if path.name in hashes:
             raise ConfigError(f"plugins: two files are called {path.name}; rename one of them")
         hashes[path.name] = digest
-        if digest not in _loaded:
+        if _loaded.get(path.name) != digest:
             _run(path, digest)
-            _loaded[digest] = path
+            _loaded[path.name] = digest
     return hashes
 
 
+def content_of(thing: object) -> list[str]:
+    """Names for the content of the user's files that an object's class and its bases come from; none if it is ours."""
+    return [cls.__module__ for cls in type(thing).__mro__ if cls.__module__.startswith(_MODULE)]
+
+
 def _run(path: Path, digest: str) -> None:
-    name = f"focusdd_det_plugin_{digest[:16]}"
+    name = f"{_MODULE}{digest[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"plugins: {path} cannot be loaded as Python")

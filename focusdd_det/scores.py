@@ -25,16 +25,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focusdd_det.compose import resize
+from focusdd_det.compose import letterbox, resize
 from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import DataError, DiskError, FocusDDError
 from focusdd_det.methods import REALISM_LEAST, Method
+from focusdd_det.plugins import content_of
 from focusdd_det.select import Candidates
 from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
 from focusdd_det.types import Crop, Image, round_half_up
-from focusdd_det.windows import best_windows, middle_square, realism, window_side
+from focusdd_det.window_judge import WindowJudge
+from focusdd_det.windows import best_windows, least_windows, middle_square, realism, window_side
 
 _VERSION = 1  # of the scoring itself: a change of what a score means must not meet old scores
 _SCHEMA = """
@@ -42,9 +44,13 @@ CREATE TABLE IF NOT EXISTS source (
     root TEXT, path TEXT, folder TEXT, grp TEXT, sig TEXT, run INTEGER,
     offset INTEGER, size INTEGER, mtime INTEGER, sha BLOB, width INTEGER, height INTEGER,
     p REAL, share REAL, win_row INTEGER, win_col INTEGER, phash INTEGER, bad TEXT,
-    PRIMARY KEY (root, path));
+    feature BLOB, PRIMARY KEY (root, path));
 CREATE INDEX IF NOT EXISTS by_group ON source (run, grp);
 """
+_COLUMNS = (
+    "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
+    "p", "share", "win_row", "win_col", "phash", "bad", "feature",
+)  # fmt: skip
 MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
 UNREADABLE = "unreadable"  # how the reason begins when the file system refused; it is tried again by the next run
 
@@ -96,7 +102,19 @@ class ScoreStore:
             self.db.executescript(
                 "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=DELETE; PRAGMA synchronous=NORMAL;" + _SCHEMA
             )
+            self._add_columns()
             self.run = int(self.db.execute("SELECT COALESCE(MAX(run), 0) + 1 FROM source").fetchone()[0])
+
+    def _add_columns(self) -> None:
+        """`feature` is younger than the other columns: an older file gets it, empty."""
+        there = tuple(row[1] for row in self.db.execute("PRAGMA table_info(source)"))
+        if there == _COLUMNS[:-1]:
+            self.db.execute("ALTER TABLE source ADD COLUMN feature BLOB")
+        elif there != _COLUMNS:
+            raise DiskError(
+                f"{self.path} has a table of sources with other columns than ours ({', '.join(there)[:200]}); give "
+                "another `scores`"
+            )
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -143,15 +161,18 @@ class ScoreStore:
     def put(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Insert or replace rows in the order of the schema."""
         with self._told():
-            self.db.executemany(f"INSERT OR REPLACE INTO source VALUES ({','.join('?' * 18)})", rows)
+            self.db.executemany(f"INSERT OR REPLACE INTO source VALUES ({','.join('?' * len(_COLUMNS))})", rows)
 
     def commit(self) -> None:
         """Make what was put durable."""
         with self._told():
             self.db.commit()
 
-    def candidates(self, group: str, alpha: float) -> tuple[Candidates, set[int]]:
+    def candidates(self, group: str, alpha: float, features: bool = False) -> tuple[Candidates, set[int]]:
         """The sources of a class in this run; of files with equal content one counts, by the least name.
+
+        Args:
+            features: also read the ViT's features: 2 d bytes a source of the class.
 
         Returns:
             The candidates; and the positions of those that could be looked at but turned out to be unusable later.
@@ -160,12 +181,13 @@ class ScoreStore:
         # Typed columns, filled row by row: the rows of a large class never lie in memory as Python tuples.
         ids, phash, folder = array("q"), array("q"), array("i")
         p, share = array("d"), array("d")
-        sha = bytearray()
+        sha, vectors = bytearray(), bytearray()
         names: dict[str, int] = {}
         unusable: set[int] = set()
         with self._told():
             for row in self.db.execute(
-                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path) FROM source "
+                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path)"
+                f"{', feature' if features else ''} FROM source "
                 "WHERE run = ? AND grp = ? AND length(sha) = 32 GROUP BY sha ORDER BY sha",
                 (self.run, group),
             ):
@@ -177,6 +199,8 @@ class ScoreStore:
                 p.append(round(row[3], 4))
                 share.append(row[4])
                 phash.append(row[5])
+                if features:
+                    vectors += row[8] or b""
         confidence = np.array(p, np.float64)
         table = Candidates(
             ids=np.array(ids, np.int64),
@@ -185,8 +209,16 @@ class ScoreStore:
             p=confidence,
             score=realism(confidence, np.array(share, np.float64), alpha),
             phash=np.array(phash, np.int64).view(np.uint64),
+            features=self._vectors(vectors, len(ids)) if features else None,
         )
         return table, unusable
+
+    def _vectors(self, data: bytearray, count: int) -> NDArray[np.float16]:
+        """[count, d] float16, never NaN."""
+        values = np.frombuffer(memoryview(data)[: len(data) // 2 * 2], np.float16)
+        if (count and (not len(values) or len(values) % count)) or not np.isfinite(values).all():
+            raise DiskError(f"{self.path} is damaged: its features are not one vector a source; remove it")
+        return values.reshape(count, -1) if count else values.reshape(0, 1)
 
     def row(self, rowid: int) -> Row:
         """One source by its id."""
@@ -239,6 +271,7 @@ def score_all(
     config: SetConfig,
     workers: int,
     progress: Callable[[int], object],
+    judge: WindowJudge | None = None,
 ) -> None:
     """Look at every source of the stream that the store does not hold yet.
 
@@ -251,12 +284,13 @@ def score_all(
         config: geometry, view and limits.
         workers: decoding threads.
         progress: called with the number of sources that are done.
+        judge: the detection teacher, for methods that rank windows by what it finds in them.
 
     Raises:
         DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
     """
-    view = selector.view if selector else 64
-    signatures = {group: signature(selector, method, indices, config) for group, indices in columns.items()}
+    view = judge.side if judge else selector.view if selector else 64
+    signatures = {group: signature(selector, method, own, config, judge, group) for group, own in columns.items()}
     sources = max(1, config.batch // max(1, method.looks))  # a batch
     batch: list[tuple[Located, _Glance]] = []
     judged = Judged(config.max_bad)
@@ -265,7 +299,8 @@ def score_all(
     def flush() -> None:
         nonlocal last_commit
         if batch:
-            store.put(_look(batch, selector, columns, signatures, store.run, config, max(1, method.looks) * sources))
+            size = max(1, method.looks) * sources
+            store.put(_look(batch, selector, columns, signatures, store.run, config, size, method, judge))
             progress(len(batch))
             batch.clear()
         if time.monotonic() - last_commit > 2.0:
@@ -299,7 +334,14 @@ def score_all(
     judged.end()
 
 
-def signature(selector: Selector | None, method: Method, columns: Sequence[int], config: SetConfig) -> str:
+def signature(
+    selector: Selector | None,
+    method: Method,
+    columns: Sequence[int],
+    config: SetConfig,
+    judge: WindowJudge | None = None,
+    group: str = "",
+) -> str:
     """What a stored score depends on besides the picture; scores with another signature are computed anew."""
     content: list[object] = [_VERSION, config.geometry, config.max_pixels]
     if selector is not None:
@@ -313,7 +355,13 @@ def signature(selector: Selector | None, method: Method, columns: Sequence[int],
         ]
         content += [config.side_ratio, config.confidence, list(columns)]
     if method.looks:
-        content += [method.looks, REALISM_LEAST, config.seed]
+        content += [method.looks, REALISM_LEAST, config.seed, *content_of(method)]
+    if method.window != "most":
+        content.append(method.window)
+    if method.needs_features:
+        content.append("features")
+    if judge is not None:
+        content += [*judge.depends_on(group), *content_of(method)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -351,6 +399,8 @@ def _glance(located: Located, view: int, method: Method, config: SetConfig) -> _
     digest = hashlib.sha256(data)
     crops = method.look_crops(width, height, digest.hexdigest(), config)
     views = tuple(_crop_pixels(picture, width, crop, view) for crop in crops) or (pixels,)
+    if method.needs_teacher:
+        views = (letterbox(picture, view)[0],)
     return _Glance(digest.digest(), width, height, views, difference_hash(pixels))
 
 
@@ -371,22 +421,33 @@ def _look(
     run: int,
     config: SetConfig,
     size: int,
+    method: Method,
+    judge: WindowJudge | None = None,
 ) -> list[tuple[object, ...]]:
     """One batch through the ViT, at a fixed batch shape: a ViT at batch 1 and 32 differs in the seventh digit.
 
     Of several looks at one source the one with the largest p counts, the first of equals; `corner` then holds its
-    number.
+    number. With a `judge` the detection teacher looks in place of the ViT.
     """
     n = len(batch)
     p = np.zeros(n)
     share = np.zeros(n)
     corner: NDArray[np.int64] = np.zeros((n, 2), np.int64)
+    features: NDArray[np.float16] | None = None
     if selector is not None:
         views = [view for _, glance in batch for view in glance.views]
         pixels = np.zeros((size, selector.view, selector.view, 3), np.uint8)
         pixels[: len(views)] = np.stack(views)
-        probabilities, attention = selector(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
-        share_t, corner_t = best_windows(attention[: len(views)], window_side(selector.grid, config.side_ratio))
+        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        if method.needs_features:
+            probabilities, attention, vectors = selector.with_features(tensor)
+            features = vectors[: len(views)].numpy().astype(np.float16)
+        else:
+            probabilities, attention = selector(tensor)
+        k = window_side(selector.grid, config.side_ratio)
+        share_t, corner_t = best_windows(attention[: len(views)], k)
+        if method.window == "least":
+            corner_t = least_windows(attention[: len(views)], k)
         shares, corners = share_t.double().numpy(), corner_t.numpy()
         table = probabilities[: len(views)].double().numpy()
         first = 0
@@ -397,7 +458,13 @@ def _look(
             best = int(np.round(each, 4).argmax())
             p[i], share[i] = each[best], shares[first + best]
             corner[i] = corners[first] if len(rows) == 1 else (best, 0)
+            if features is not None:
+                features[i] = features[first + best]
             first += len(rows)
+    elif judge is not None:
+        sizes = [(glance.width, glance.height) for _, glance in batch]
+        groups = [located.source.group for located, _ in batch]
+        p, corner = judge([glance.views[0] for _, glance in batch], sizes, groups)
     return [
         _columns_of(
             located,
@@ -407,6 +474,7 @@ def _look(
             float(min(p[i], 1.0)),
             float(share[i]),
             (int(corner[i, 0]), int(corner[i, 1])),
+            feature=None if features is None else features[i].tobytes(),
         )
         for i, (located, glance) in enumerate(batch)
     ]
@@ -421,13 +489,14 @@ def _columns_of(
     share: float,
     corner: tuple[int, int],
     bad: str | None = None,
+    feature: bytes | None = None,
 ) -> tuple[object, ...]:
     """A row in the order of the schema; `glance` is None for a source that cannot be used."""
     s = located.source
     sha, width, height, phash = (glance.sha, glance.width, glance.height, glance.phash) if glance else (b"", 0, 0, 0)
     signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
     where = (located.offset, located.size, located.mtime_ns)
-    seen = (sha, width, height, p, share, *corner, signed, bad)
+    seen = (sha, width, height, p, share, *corner, signed, bad, feature)
     return (s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, *seen)
 
 

@@ -31,6 +31,7 @@ class Candidates:
         p: [n] float64 in [0, 1], confidence, rounded to 1e-4.
         score: [n] int64, realism score S in units of 1e-4.
         phash: [n] uint64, difference hash of the view.
+        features: [n, d] float16, the ViT's, of length 1; only for methods that need them.
     """
 
     ids: Order
@@ -39,12 +40,15 @@ class Candidates:
     p: NDArray[np.float64]
     score: Order
     phash: NDArray[np.uint64]
+    features: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
         sizes = {len(column) for column in (self.sha, self.folder, self.p, self.score, self.phash)}
         if sizes - {n} or self.sha.shape != (n, 32):
             raise ValueError(f"candidates need columns of one length and sha [n, 32]; got {sizes}, {self.sha.shape}")
+        if self.features is not None and (self.features.ndim != 2 or len(self.features) != n):
+            raise ValueError(f"candidates need features [{n}, d], got {self.features.shape}")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -99,6 +99,29 @@ class Selector:
         maps = [combine(rows, how).reshape(len(x), self.grid, self.grid).float().cpu() for how in attentions]
         return probabilities.cpu(), maps
 
+    def with_features(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and what the classifier's head is shown: timm's forward_head(pre_logits=True), at length 1.
+
+        Returns:
+            probabilities, attention, and features [B, d] float32 on the CPU.
+        """
+        shown: list[Tensor] = []
+        if not hasattr(self.model, "get_classifier"):
+            raise WeightsError(
+                "the selector's features cannot be read: its network has no get_classifier(); add one, or take a "
+                "method without features"
+            )
+        heads = self.model.get_classifier()  # type: ignore[operator]
+        head = heads[0] if isinstance(heads, (tuple, list)) else heads  # a distilled ViT has two
+        hook = head.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+        try:
+            probabilities, attention = self(pixels)
+        finally:
+            hook.remove()
+        if len(shown) != 1 or shown[0].ndim != 2:
+            raise WeightsError("the selector's features cannot be read: its head does not see one vector a picture")
+        return probabilities, attention, nn.functional.normalize(shown[0].float(), dim=1).cpu()
+
 
 def combine(rows: Sequence[Tensor], how: str) -> Tensor:
     """Per-block attention rows -> one map.

@@ -48,6 +48,12 @@ def best_windows(attention: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return (torch.round(best * 1e4) / 1e4).float().clamp(0, 1), corner
 
 
+def least_windows(attention: Tensor, k: int) -> Tensor:
+    """The k x k window with the least attention: corner [B, 2] int64, ties as in `best_windows`."""
+    most = attention.flatten(1).amax(dim=1)[:, None, None]
+    return best_windows(most - attention, k)[1]
+
+
 def realism(p: np.ndarray, share: np.ndarray, alpha: float) -> np.ndarray:
     """S = p + alpha * 0.0865 * share (Eq. 5), as whole multiples of 1e-4 (int64), so that ties are ties everywhere."""
     return np.floor((p.astype(np.float64) + alpha * GCA_MASS * share.astype(np.float64)) * 1e4 + 0.5).astype(np.int64)

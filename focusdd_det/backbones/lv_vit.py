@@ -86,6 +86,10 @@ class LVViTNet(nn.Module):
         tokens: Tensor = self.norm(x)
         return tokens
 
+    def get_classifier(self) -> nn.Module:
+        """The class token's head: what it is shown is the feature of a picture."""
+        return self.head
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.forward_features(x)
         logits: Tensor = self.head(tokens[:, 0])
