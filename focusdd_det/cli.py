@@ -30,6 +30,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd detect targets data=datasets/focusdd teacher=yolo11x.pt pool=20   soft targets, to train without the teacher
   focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
+  focusdd experiment methods imagenet=... coco=... teacher=... selector=... builds, trains, evaluates a grid of arms
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
 
@@ -221,10 +222,18 @@ def classify_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def experiment_command(argv: Sequence[str]) -> int:
+    """`focusdd experiment ...`."""
+    from focusdd_det.experiment.command import experiment_command as command
+
+    return command(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
+    "experiment": experiment_command,
     "verify": verify_command,
     "sheet": sheet_command,
 }
