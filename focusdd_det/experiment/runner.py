@@ -124,7 +124,7 @@ def _advance(
     if found.name in failures:
         _fail(work, cell, found.name, *failures[found.name])
     elif found.name not in running and len(running) < parallel and not _taken(found, running):
-        running[found.name] = _start(work, cell, found)
+        running[found.name] = _start(work, cell, found, parallel)
 
 
 def _taken(stage: Stage, running: dict[str, _Running]) -> bool:
@@ -165,11 +165,13 @@ def _fail(work: Work, cell: _Cell, stage: str, code: int, tail: str) -> None:
 # ---- processes ----
 
 
-def _start(work: Work, cell: _Cell, stage: Stage) -> _Running:
+def _start(work: Work, cell: _Cell, stage: Stage, parallel: int) -> _Running:
     file = write_stage(work, stage)
     how = "goes on" if work.begun(stage) else "starts"
     log.info("%s, seed %d: %s %s", cell.arm.name, cell.seed, stage.name, how)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if parallel > 1:  # each with all cores would only wait for the others
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
     journal = work.place("stages", f"{stage.name}.log").open("ab")
     process = subprocess.Popen(
         command_of(file),

@@ -192,6 +192,7 @@ class Work:
         self.prints = Fingerprints()
         self.versions = {name: version(name) for name in ("focusdd_det", *PACKAGES)}
         self._manifests: dict[tuple[Path, int], tuple[str, int]] = {}
+        self._evaluated: dict[str, Any] = {}  # data.yaml -> what stands for its pictures
 
     def place(self, kind: str, name: str) -> Path:
         """Where something lies."""
@@ -282,14 +283,13 @@ class Work:
     def _scores_key(self, config: SetConfig, content: Mapping[str, Any]) -> str:
         """Of builds that look at the same sources in the same way."""
         method = METHODS.get(config.method)
-        shared = ("geometry", "max_pixels", "sources", "class_map", "classes", "ipc_unit", "levels")
-        look: list[Any] = [content.get(key) for key in shared]
+        shared = ["geometry", "max_pixels", "sources", "class_map", "classes", "ipc_unit", "levels"]
         if config.method not in _ALL_EQUAL:
-            look += [config.method, *(content.get(key) for key in (
-                "selector", "selector_weights", "view", "attention", "precision", "side_ratio", "confidence", "plugins",
-            ))]  # fmt: skip
-            look += [config.precision, config.seed if method is None or method.looks else None]
-        return key_of(look)
+            shared += ["method", "selector", "selector_weights", "view", "attention", "side_ratio"]
+            shared += ["confidence", "precision", "plugins"] + (["seed"] if method is not None and method.looks else [])
+        if config.method not in (*_ALL_EQUAL, "focusdd", "realism"):
+            shared.append("teacher")  # it may be what looks
+        return key_of([content.get(key) for key in shared])
 
     def _store(self, kind: str, values: dict[str, Any], manifest: str, data: Path) -> Stage:
         content = {key: value for key, value in values.items() if key not in (*STORE_MACHINE, "data", "out")}
@@ -336,6 +336,8 @@ class Work:
         """What a YOLO data.yaml stands for: its pictures and their COCO annotations."""
         from focusdd_det.coco_eval import usual_annotations
 
+        if data in self._evaluated:
+            return self._evaluated[data]
         described = load_yolo_data(resolve_data(data).yaml, "val")
         annotations = usual_annotations(described)
         if annotations is None:
@@ -343,7 +345,8 @@ class Work:
                 f"eval: data={data}: there is no annotations/instances_*.json beside its pictures; give "
                 "eval.annotations=, the official COCO mAP is computed from nothing else"
             )
-        return [self.prints.of(described["val"]), self.prints.file(annotations)]
+        self._evaluated[data] = [self.prints.of(described["val"]), self.prints.file(annotations)]
+        return self._evaluated[data]
 
 
 def write_stage(work: Work, stage: Stage) -> Path:
