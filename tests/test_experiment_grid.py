@@ -278,5 +278,5 @@ def test_layers_and_variables(tmp_path: Path) -> None:
 
 def test_what_is_asked_of_an_arm_is_hashed_without_its_name(tmp_path: Path) -> None:
     one = experiment(tmp_path, arms={"a": {"build.ipc": 3}, "b": {"build.ipc": 4}})
-    two = experiment(tmp_path, arms={"c": {"build.ipc": 3}}, seeds=[5])
+    two = experiment(tmp_path, arms={"c": {"build.ipc": 3}}, seeds=[5], build={"device": "cuda:1"})
     assert one.arm_sha256(one.arms[0]) == two.arm_sha256(two.arms[0]) != one.arm_sha256(one.arms[1])

@@ -24,6 +24,7 @@ KEYS = (
     "base", "title", "about", "task", *MERGED, "iterations", "seeds", "arms", "baseline", "metric", "floor", "x",
     "paper", "small",
 )  # fmt: skip
+MACHINE = ("device", "workers", "threads", "plots", "verbose", "download")  # where and how fast, not what
 METRICS = {"detect": ("covered", "all"), "classify": ("top1", "top5")}
 OWNED = {  # keys that the experiment gives itself
     "build": ("out", "seed", "scores", "grow_from", "overwrite"),
@@ -113,7 +114,10 @@ class Experiment:
 
     def arm_sha256(self, arm: Arm) -> str:
         """What is asked of an arm, as a hash: a result recorded under another one is not this arm's."""
-        asked: dict[str, Any] = {name: self.section(name, arm) for name in SECTIONS}
+        asked: dict[str, Any] = {
+            name: {key: value for key, value in self.section(name, arm).items() if key not in MACHINE}
+            for name in SECTIONS
+        }
         asked["task"], asked[ITERATIONS] = self.task, self.iterations_of(arm)
         asked["stores"] = [self.targets is not None, self.relabel is not None]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
