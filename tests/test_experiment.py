@@ -386,6 +386,16 @@ def test_a_stage_ends_with_its_experiment(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+@pytest.mark.parametrize(("argv", "code"), [(["verify", "--help"], 0), (["verify"], 2)])
+def test_a_stages_process_ends_with_the_code_of_its_command(tmp_path: Path, argv: list[str], code: int) -> None:
+    stage = {"kind": "eval", "output": str(tmp_path / "x"), "marker": "", "argv": argv, "resume": {}}
+    (tmp_path / "stage.json").write_text(json.dumps(stage))
+    process = subprocess.Popen(runner.command_of(tmp_path / "stage.json"), stdin=subprocess.PIPE)
+    assert process.wait(120) == code  # its standard input is still open: it ended by itself
+    assert process.stdin is not None
+    process.stdin.close()
+
+
 def test_what_a_run_folder_can_be_gone_on_with(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert state_of(run, "detect") == "new"
@@ -435,6 +445,7 @@ def test_a_killed_experiment_goes_on_and_runs_nothing_twice(bench: Path, tmp_pat
     stopped = [p.parent.parent for p in out.glob("runs/*/weights/resume.safetensors")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in done.stdout
     after = stage_files(out)
     assert {name: after[name] for name in before} == before, "a finished stage was run again"
     experiment = drawn(bench, iterations=40)
