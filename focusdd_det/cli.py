@@ -31,6 +31,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd detect targets data=datasets/focusdd teacher=yolo11x.pt pool=20   soft targets, to train without the teacher
   focusdd detect val model=best.pt annotations=instances_val2017.json images=val2017
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
+  focusdd experiment methods imagenet=... coco=... teacher=... selector=... builds, trains, evaluates a grid of arms
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
   focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
@@ -241,6 +242,7 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     **{name: f"focusdd_det.interop.commands:{name}_command" for name in ("export", "pack", "unpack", "card")},
     "stats": "focusdd_det.stats.command:stats_command",
     "map": "focusdd_det.map_audit:map_command",
+    "experiment": "focusdd_det.experiment.command:experiment_command",
 }
 
 
@@ -253,10 +255,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("--version", "version"):
         print(__version__)
         return 0
-    return run_main(_dispatch, argv)
+    return run_main(dispatch, argv)
 
 
-def _dispatch(argv: Sequence[str]) -> int | None:
+def dispatch(argv: Sequence[str]) -> int | None:
+    """The command that the first word names, with the others; errors are raised.
+
+    Raises:
+        ConfigError: there is none of that name; FocusDDError: what the command raises.
+    """
     from focusdd_det.config import suggest
 
     if argv[0] not in COMMANDS:

@@ -1,0 +1,5 @@
+"""Experiments: a grid of builds, trainings and evaluations from one file, ending in one table and a plot.
+
+spec.py (file -> arms), grid.py (arms), settings.py (what an arm's stages are given), stages.py (their keys and places),
+runner.py (runs what is not there), child.py (one stage in a process of its own), statistics.py, table.py, plot.py.
+"""

@@ -1,0 +1,110 @@
+"""Ultralytics' own feature distillation (`distill_model=`) on a distilled set, as the arm to compare with.
+
+The trainer, the loss, the data order and the augmentation are stock. What differs from `yolo train` is only what must:
+no label cache (a pickle) is left in the set, nothing is downloaded, checkpoints are read without running code, and
+nothing is validated on the training composites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import unwrap_model
+
+from focusdd_det.config import read_yaml
+from focusdd_det.detect_cli import check_stock
+from focusdd_det.errors import ConfigError
+from focusdd_det.precision import local_amp_check
+from focusdd_det.replay import CleanDataset
+from focusdd_det.run_files import WholePath, checkpoint_argument, model_argument, strip
+from focusdd_det.supervision import Options
+from focusdd_det.teacher import safe_ultralytics
+from focusdd_det.traindata import check_count, load_yolo_data, resolve_data
+
+LEFT_OUT = (*Options.keys(), "val")  # keys of ours, which stock Ultralytics does not know
+
+
+def stock_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's keys -> those of stock Ultralytics with `distill_model`: same optimizer, seed and augmentation.
+
+    Raises:
+        ConfigError: no teacher.
+    """
+    if not values.get("teacher"):
+        raise ConfigError("supervision=distill_model needs teacher=<checkpoint>, e.g. teacher=yolo11x.pt")
+    stock = {key: value for key, value in values.items() if key not in LEFT_OUT}
+    return {"augmentations": [], **stock, "distill_model": str(values["teacher"]), "val": False}
+
+
+def check_distill(values: dict[str, Any]) -> None:
+    """ConfigError where the arguments cannot be used."""
+    stock = stock_arguments(values)
+    check_stock(stock, "detect")
+
+
+class StockDistillation(DetectionTrainer):  # type: ignore[misc]
+    """Ultralytics' trainer, kept from writing into the set and from measuring on it."""
+
+    def __init__(self, overrides: dict[str, Any]) -> None:
+        self.source = resolve_data(overrides["data"])
+        overrides = {**overrides, "data": str(self.source.yaml), "task": "detect"}
+        overrides["model"] = model_argument(overrides["model"], False)
+        overrides["distill_model"] = checkpoint_argument(overrides["distill_model"], False)
+        with safe_ultralytics():
+            super().__init__(overrides=overrides)
+        self.wdir: Path = WholePath(self.save_dir / "weights")
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+
+    def get_dataset(self) -> dict[str, Any]:
+        """The set's description."""
+        return load_yolo_data(self.source.yaml, "train")
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> CleanDataset:
+        """Stock, without a label cache."""
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
+        dataset = CleanDataset(
+            img_path=img_path,
+            imgsz=self.args.imgsz,
+            batch_size=batch,
+            augment=mode == "train",
+            hyp=self.args,
+            rect=self.args.rect if mode == "train" else True,
+            cache=self.args.cache or None,
+            single_cls=self.args.single_cls or False,
+            stride=stride,
+            pad=0.0 if mode == "train" else 0.5,
+            task="detect",
+            classes=self.args.classes,
+            data=self.data,
+            fraction=self.args.fraction if mode == "train" else 1.0,
+        )
+        if mode == "train" and self.source.folder is not None and self.args.fraction == 1.0:
+            check_count(dataset, self.source)
+        return dataset
+
+    def _setup_train(self) -> None:
+        with safe_ultralytics(), local_amp_check():
+            super()._setup_train()
+
+    def validate(self) -> tuple[dict[str, float], float | None]:
+        """Nothing: the only val split is the set itself."""
+        return self.metrics or {}, None
+
+    def final_eval(self) -> None:
+        """Only strip the checkpoints: the evaluation is a stage of its own."""
+        for file in (self.last, self.best):
+            if Path(file).is_file():
+                strip(Path(file), None)
+
+
+def distill_command(argv: Sequence[str]) -> int:
+    """Train from the YAML file with the training's keys."""
+    values = read_yaml(Path(argv[0]))
+    trainer = StockDistillation(stock_arguments(values))
+    trainer.train()
+    LOGGER.info(f"run folder: {trainer.save_dir}")
+    return 0
