@@ -166,8 +166,7 @@ class _ClassTerm(torch.autograd.Function):
     """The sum of w * bernoulli_kl over everything, and f.
 
     The gradient of an element is w (sigmoid(s/T) - q) / T, had on the way: value and gradient in one pass, nothing else
-    kept for the backward pass, and on a CPU picture by picture, so that a picture's scores stay in the cache. The terms
-    are taken on the side where q <= 1/2 (the divergence is the same for both signs of the logits), where nothing cancels.
+    kept for the backward pass, and on a CPU picture by picture, so that a picture's scores stay in the cache.
     """
 
     @staticmethod
@@ -216,7 +215,10 @@ class _ClassTerm(torch.autograd.Function):
 
 
 def _divergence(t: Tensor, s: Tensor) -> Tensor:
-    """KL(Bernoulli(sigmoid(t)) || Bernoulli(sigmoid(s))) for every element, float32, without gradient."""
+    """`bernoulli_kl` at T = 1, without gradient: softplus(s) - softplus(t) - q (s - t).
+
+    It is the same for both signs of the logits, and taken on the side where q <= 1/2: there nothing large cancels.
+    """
     s = torch.where(t > 0, -s, s)
     t = t.abs().neg_()
     divergence = F.softplus(s).sub_(F.softplus(t))

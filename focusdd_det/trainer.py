@@ -386,7 +386,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             VerifyError: as `TargetStore.heads`.
         """
         assert self.targets is not None
-        return self.targets.heads(views, looks).to(self.device)
+        with torch.autocast("cpu", enabled=False):  # it refuses to join float16
+            return self.targets.heads(views, looks).to(self.device)
 
     def _check_teacher_outputs(self) -> None:
         """Asked once an epoch: asking after every batch would wait for the device."""
