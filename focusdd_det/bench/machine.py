@@ -37,7 +37,7 @@ def machine(device: str) -> dict[str, Any]:
             "name": properties.name,
             "memory_gb": round(properties.total_memory / 1e9, 1),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         }
     return facts
 
