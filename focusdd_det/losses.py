@@ -219,7 +219,7 @@ def _divergence(t: Tensor, s: Tensor) -> Tensor:
 
     It is the same for both signs of the logits, and taken on the side where q <= 1/2: there nothing large cancels.
     """
-    s = torch.where(t > 0, -s, s)
+    x = torch.copysign(t.new_ones(()), t).mul_(s).neg_()
     t = t.abs().neg_()
-    divergence = F.softplus(s).sub_(F.softplus(t))
-    return divergence.addcmul_(t.sigmoid(), s - t, value=-1)
+    divergence = F.softplus(x).sub_(F.softplus(t))
+    return divergence.addcmul_(t.sigmoid(), x.sub_(t), value=-1)
