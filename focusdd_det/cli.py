@@ -32,6 +32,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd classify build|relabel|train|continual|export ...                 the same for classifiers
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
+  focusdd bench --quick                                                     how fast all of it is on this machine
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -221,12 +222,20 @@ def classify_command(argv: Sequence[str]) -> int | None:
     return modes[argv[0]](argv[1:])
 
 
+def bench_command(argv: Sequence[str]) -> int:
+    """`focusdd bench`, tools/bench.py."""
+    from focusdd_det.bench.command import bench_command as run
+
+    return run(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "build": build_command,
     "detect": detect_command,
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
+    "bench": bench_command,
 }
 
 
