@@ -26,7 +26,7 @@ USAGE = """Measure a build and a training step beside their floor, in one run, a
   python tools/bench.py parts=build,scaling sources=imagenet/train selector_weights=weights/deit_small.safetensors
 
 Cases of a part run in turns, round by round, and a ratio is that of two times of one round: its median, and the
-10 % and 90 % quantiles over the rounds. Everything is drawn or made in a temporary folder; bench.json and plots are kept.
+10 % and 90 % quantiles over the rounds. Everything is made in a temporary folder; bench.json and plots are kept.
 Every key of the list below as `key=value` or `--key value`.
 """
 
