@@ -33,7 +33,7 @@ from focusdd_det.trainer import FocusDDTrainer
 
 FRESH = "yolo11n.yaml"  # the teacher where none is named
 BATCHES = 2  # different ones, taken in turns
-FLOOR, ABOVE = 0.01, 0.05  # fresh teachers are biased so that this share of their anchors is above the store's floor
+FLOOR, ABOVE = 0.01, 0.05  # fresh teachers are biased so that about this share of anchors is above the floor
 LIVE_TARGET, STORED_TARGET = 1.05, 1.10  # DESIGN section 6
 COMPOSITES, EPOCHS = 63 * 50, 100  # ImageNet-1K has pictures for 63 COCO classes; IPC 50, as the paper
 STILL = 1e-6  # learning rate: the weights stay where they are, so that every round has the same work
@@ -319,8 +319,10 @@ def teacher_file(options: BenchOptions, work: Path) -> Path:
 
 
 def fresh_teacher(name: str, file: Path, side: int) -> Path:
-    """A checkpoint with random weights, for times alone: it says noise, as much of it above the store's floor as a
-    trained one has.
+    """A checkpoint with random weights, for times alone: it says noise, some of it above the store's floor.
+
+    On another picture than the one it is biased with the share is another one (a quarter has been seen), so times from
+    a store of such a teacher are on the safe side; give a trained one for those that count.
 
     Raises:
         WeightsError: no model can be built from this YAML.
