@@ -40,6 +40,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
   focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
   focusdd map audit source=imagenet/train teacher=yolo11x.pt                does the teacher find each folder's class?
+  focusdd bench --quick                                                     how fast all of it is on this machine
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -243,6 +244,7 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "stats": "focusdd_det.stats.command:stats_command",
     "map": "focusdd_det.map_audit:map_command",
     "experiment": "focusdd_det.experiment.command:experiment_command",
+    "bench": "focusdd_det.bench.command:bench_command",
 }
 
 

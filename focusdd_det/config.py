@@ -339,7 +339,9 @@ def _convert(value: Any, hint: Any) -> Any:
         return value
     if origin is tuple:
         if isinstance(value, str):
-            items = [part.strip() for part in value.split(",") if part.strip()] if get_args(hint)[0] is str else [value]
+            parts = [part.strip() for part in value.split(",") if part.strip()]
+            kind = get_args(hint)[0]
+            items = parts if kind is str else [_scalar(part) for part in parts] if kind is int else [value]
         else:
             items = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
         return tuple(_convert(item, get_args(hint)[0]) for item in items)

@@ -152,16 +152,74 @@ def supervision_terms(
             f"and {tuple(s_scores.shape)}"
         )
     with torch.autocast(s_scores.device.type, enabled=False):
-        t_logits, s_logits = t_scores.detach().float(), s_scores.float()
-        probability = t_logits.sigmoid()
-        foreground = probability.amax(1)
+        divergence, foreground = _ClassTerm.apply(s_scores.float(), t_scores.detach(), temperature, beta)  # type: ignore[no-untyped-call]
         total = foreground.sum().clamp(min=1)
-        divergence = bernoulli_kl(t_logits, s_logits, temperature) * temperature**2
-        if beta:
-            divergence = divergence * (probability - s_logits.detach().sigmoid()).abs() ** beta
         if student_reg_max == teacher_reg_max > 1:
             box = bins_kl(teacher["boxes"], student["boxes"], student_reg_max)
         else:
             target = decode_boxes(teacher["boxes"].detach(), anchors, teacher_reg_max)
             box = 1 - giou(target, decode_boxes(student["boxes"], anchors, student_reg_max))
-        return Supervision(divergence.sum() / total, (foreground * box).sum() / total)
+        return Supervision(divergence * temperature**2 / total, (foreground * box).sum() / total)
+
+
+class _ClassTerm(torch.autograd.Function):
+    """The sum of w * bernoulli_kl over everything, and f.
+
+    The gradient of an element is w (sigmoid(s/T) - q) / T, had on the way: value and gradient in one pass, nothing else
+    kept for the backward pass, and on a CPU picture by picture, so that a picture's scores stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, beta: float) -> tuple[Tensor, Tensor]:
+        """A scalar and f.
+
+        Args:
+            ctx: of autograd.
+            student: [B, nc, A] logits, float32.
+            teacher: the same shape, any precision.
+
+        Returns:
+            float32: the sum, and [B, A] the teacher's highest probability at T = 1, without gradient.
+        """
+        gradient = torch.empty_like(student)
+        foreground = student.new_empty(student.shape[0], student.shape[2])
+        total = student.new_zeros(())
+        size = 1 if student.device.type == "cpu" else len(student)
+        parts = (torch.split(whole, size) for whole in (student, teacher, gradient, foreground))  # type: ignore[no-untyped-call]
+        for s, t, into, highest in zip(*parts, strict=True):
+            hot, x = t.float(), s
+            probability = hot.sigmoid()
+            torch.amax(probability, 1, out=highest)
+            if temperature == 1:
+                torch.sub(torch.sigmoid(x, out=into), probability, out=into)
+                weight = into.abs()
+            else:
+                weight = (probability - s.sigmoid()).abs_()
+                hot, x = hot / temperature, s / temperature
+                torch.sub(torch.sigmoid(x, out=into), hot.sigmoid(), out=into).div_(temperature)
+            divergence = _divergence(hot, x)
+            if beta:
+                weight = weight if beta == 1 else weight.pow_(beta)
+                divergence *= weight
+                into *= weight
+            total += divergence.sum()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(foreground)
+        return total, foreground
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """To the student alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None
+
+
+def _divergence(t: Tensor, s: Tensor) -> Tensor:
+    """`bernoulli_kl` at T = 1, without gradient: softplus(s) - softplus(t) - q (s - t).
+
+    It is the same for both signs of the logits, and taken on the side where q <= 1/2: there nothing large cancels.
+    """
+    x = torch.copysign(t.new_ones(()), t).mul_(s).neg_()
+    t = t.abs().neg_()
+    divergence = F.softplus(x).sub_(F.softplus(t))
+    return divergence.addcmul_(t.sigmoid(), x.sub_(t), value=-1)

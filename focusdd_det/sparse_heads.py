@@ -51,9 +51,12 @@ class SparseHeads:
     total: Tensor
 
     def to(self, device: torch.device | str) -> SparseHeads:
-        """On that device; what goes to a GPU is not waited for."""
-        ahead = torch.device(device).type != "cpu"
-        return SparseHeads(**{name: getattr(self, name).to(device, non_blocking=ahead) for name in _NAMES})
+        """On that device; what goes to a GPU is not waited for, and so has to lie in pinned memory."""
+        parts = {name: getattr(self, name) for name in _NAMES}
+        ahead = torch.device(device).type == "cuda"
+        if ahead and self.total.device.type == "cpu":
+            parts = {name: part.pin_memory() for name, part in parts.items()}
+        return SparseHeads(**{name: part.to(device, non_blocking=ahead) for name, part in parts.items()})
 
     def half(self) -> SparseHeads:
         """Logits in float16, as they are stored."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import make_anchors
 
+from focusdd_det.aside import Begun
 from focusdd_det.config import suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.losses import ONE2MANY, ONE2ONE, Supervision, paired_head, supervision_terms
@@ -133,7 +134,8 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
 
         Args:
             preds: {"boxes": [B, 4 * R, A], "scores": [B, nc, A], "feats": feature maps} of the student.
-            batch: Ultralytics' batch; under TEACHER_KEY, while training, the teacher's raw heads or stored ones.
+            batch: Ultralytics' batch; under TEACHER_KEY, while training, the teacher's raw heads (which may still be in
+                the making) or stored ones.
 
         Returns:
             Vector of five terms times B, and a dict of the terms, detached, not times B.
@@ -156,6 +158,7 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
         return torch.cat((vector, kl * size)), {**items, **dict(zip(self.kl_names, kl.detach(), strict=True))}
 
     def _kl_terms(self, preds: dict[str, Any], teacher: Any) -> Supervision:
+        teacher = teacher.take() if isinstance(teacher, Begun) else teacher
         how = {"temperature": self.options.kl_temperature, "beta": self.options.kl_beta}
         if isinstance(teacher, SparseHeads):
             return sparse_supervision_terms(preds, teacher, reg_max=self.reg_max, **how)

@@ -247,8 +247,9 @@ class Detector:
                 "teacher's names"
             )
         order = [own.index(name) for name in self.names]
-        if not self.end2end:  # fusing drops one of the two heads of an end-to-end model
-            model = model.fuse(verbose=False)
+        head.fuse = lambda: None  # of an end-to-end model it would drop one of the two heads
+        model = model.fuse(verbose=False)
+        del head.fuse
         self._model = model.eval().requires_grad_(False).to(device)
         self._dtype = torch.float32
         head.training = True  # it then gives its raw outputs alone: no decoding, no top-k
@@ -270,6 +271,12 @@ class Detector:
         self._model = self._model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
         self._gather = None if self._gather is None else self._gather.to(device)
         return self
+
+    def drop_one2one(self) -> None:
+        """For a student with a single head, which learns from the one-to-many head alone: the other is not asked."""
+        head = self._model.model[-1]
+        head.one2one_cv2 = head.one2one_cv3 = None
+        self.end2end = False
 
     def __repr__(self) -> str:
         heads = "two heads" if self.end2end else "one head"

@@ -24,6 +24,7 @@ from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval, exact_resume
+from focusdd_det.aside import Aside, Begun
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
@@ -317,6 +318,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             self.model.to(memory_format=torch.channels_last)
 
     def _setup_train(self) -> None:
+        self._aside = Aside(self.device)
         asked, on_cpu = self.args.channels_last, self.device.type == "cpu"
         channels_last = bool(asked) if on_cpu else asked is not False
         self._channels_last = on_cpu and channels_last
@@ -330,6 +332,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         model = unwrap_model(self.model)
         head = model.model[-1]
         if self.teacher is not None:
+            if getattr(head, "one2one_cv2", None) is None:
+                self.teacher.drop_one2one()
             self.teacher.to(self.device, self._teacher_dtype(), channels_last)
         reg_max = self.teacher.reg_max if self.teacher else int(head.reg_max)  # stored targets have the student's
         model.criterion = build_criterion(model, self.options, reg_max)
@@ -362,9 +366,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Ultralytics' own, then the teacher's heads, asked or stored, on the very pictures that the student sees."""
         batch = super().preprocess_batch(batch)
         if self.teacher is not None:
-            batch[TEACHER_KEY] = heads = self.teacher.heads(batch["img"])
-            finite = all_finite(heads)
-            self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
+            with self._aside.running():
+                heads = self.teacher.heads(batch["img"])
+                finite = all_finite(heads)
+                self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
+            batch[TEACHER_KEY] = Begun(heads, self._aside.join)
         elif self.targets is not None:
             batch[TEACHER_KEY] = self.stored_heads(batch["view"], batch["look"])
         if self._resumed_step is not None:
@@ -380,7 +386,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             VerifyError: as `TargetStore.heads`.
         """
         assert self.targets is not None
-        return self.targets.heads(views, looks).to(self.device)
+        with torch.autocast("cpu", enabled=False):  # it refuses to join float16
+            return self.targets.heads(views, looks).to(self.device)
 
     def _check_teacher_outputs(self) -> None:
         """Asked once an epoch: asking after every batch would wait for the device."""
@@ -604,7 +611,9 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
 
 def all_finite(heads: Mapping[str, Any]) -> torch.Tensor:
     """Whether no output of a teacher is NaN or infinite; a tensor, so that nothing waits for the device."""
-    flags = [all_finite(v) if isinstance(v, Mapping) else torch.isfinite(v).all() for v in heads.values()]
+    flags = [
+        all_finite(v) if isinstance(v, Mapping) else torch.isfinite(v.sum(dtype=torch.float32)) for v in heads.values()
+    ]
     return torch.stack(flags).all()
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import pytest
 
+from focusdd_det.build import load_config
+from focusdd_det.config import BuildConfig, parse_tokens
 from focusdd_det.layouts import Layout, Layouts, cell_sizes, edges, squares
 
 
@@ -44,3 +48,8 @@ def test_cells_fill_the_composite_to_the_pixel() -> None:
 def test_a_layout_holds_as_many_key_patches_as_cells_at_most() -> None:
     with pytest.raises(ValueError, match="n_key"):
         Layout(2, 5)
+
+
+@pytest.mark.parametrize("words", [["--grids", "2,4"], ["grids=[2, 4]"], ["--grids", "2", "--grids", "4"]])
+def test_grids_are_given_as_a_list(words: list[str]) -> None:
+    assert load_config(**parse_tokens(words, get_type_hints(BuildConfig), {})).grids == (2, 4)

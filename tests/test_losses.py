@@ -209,3 +209,27 @@ def test_pairing_of_heads() -> None:
 def test_classes_that_do_not_pair_are_refused() -> None:
     with pytest.raises(ValueError, match="one shape"):
         terms(head(0, classes=3), head(1, classes=4))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
+def test_the_class_term_and_its_gradient_are_those_of_the_formula(temperature: float, beta: float) -> None:
+    teacher, student = (head(seed, batch=3, classes=4, anchors=6) for seed in (13, 14))
+    ours, plain = (student["scores"].clone().mul_(5).requires_grad_() for _ in range(2))
+    terms({**student, "scores": ours}, teacher, temperature=temperature, beta=beta).cls.backward()
+    t = teacher["scores"]
+    weight = (t.sigmoid() - plain.detach().sigmoid()).abs() ** beta
+    total = t.sigmoid().amax(1).sum().clamp(min=1)
+    expected = (weight * bernoulli_kl(t, plain, temperature)).sum() * temperature**2 / total
+    expected.backward()
+    value = terms({**student, "scores": ours.detach()}, teacher, temperature=temperature, beta=beta).cls
+    assert torch.allclose(value, expected.detach(), rtol=1e-5)
+    assert torch.allclose(ours.grad, plain.grad, rtol=1e-4, atol=1e-7)
+
+
+@given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=4, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_the_class_term_is_never_negative_and_zero_at_equality(t: list[float], s: list[float]) -> None:
+    a, b = ({"boxes": torch.zeros(1, 16, 1), "scores": torch.tensor(v).view(1, 4, 1)} for v in (t, s))
+    assert terms(b, a, beta=0).cls.item() >= -4e-6
+    assert terms(a, a, beta=0).cls.item() == 0

@@ -307,6 +307,13 @@ def test_the_loss_is_that_of_the_live_teacher(
     assert thinned[0][3] != pytest.approx(exact[0][3], rel=1e-6), "the floor should leave something out"
 
 
+def test_stored_targets_in_bf16(store: Path, drawn_set: Path, tmp_path: Path) -> None:
+    full = first_losses(student(tmp_path, drawn_set, targets=str(store), epochs=1))
+    half = first_losses(student(tmp_path, drawn_set, targets=str(store), epochs=1, precision="bf16"))
+    assert half[0] == pytest.approx(full[0], rel=0.03, abs=1e-3)
+    assert half != full
+
+
 def test_resume_equals_the_unbroken_run(store: Path, drawn_set: Path, tmp_path: Path) -> None:
     common = student(tmp_path, drawn_set, targets=str(store), targets_pool=2, epochs=4, nbs=16)
     FocusDDTrainer(overrides={**common, "name": "unbroken"}).train()

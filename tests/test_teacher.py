@@ -253,3 +253,30 @@ def test_real_detections_are_those_of_ultralytics(assets: Path, name: str) -> No
     assert np.array_equal(found.classes, stock.boxes.cls.int().numpy())
     assert np.allclose(found.boxes, stock.boxes.xyxy.numpy(), atol=0.1)
     assert np.allclose(found.conf, stock.boxes.conf.numpy(), atol=1e-3)
+
+
+# ---- for a training step ----
+
+
+def test_fused_and_in_half_precision_it_says_nearly_the_same(tmp_path: Path) -> None:
+    for family in ("yolo11", "yolo26"):
+        file = save_detector(tmp_path / f"{family}.pt", family)
+        x = torch.rand(2, 3, 64, 64)
+        full = load_detector(file).heads(x)
+        teacher = load_detector(file).to(torch.device("cpu"), torch.bfloat16, channels_last=True)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in teacher._model.modules())
+        with torch.autocast("cpu", torch.bfloat16):
+            half = teacher.heads(x)
+        pairs = [(half[k], full[k]) for k in half] if teacher.end2end else [(half, full)]
+        for ours, theirs in pairs:
+            assert ours["scores"].dtype is torch.bfloat16
+            assert torch.allclose(ours["scores"].float().sigmoid(), theirs["scores"].sigmoid(), atol=0.05)
+
+
+def test_a_student_with_one_head_does_not_ask_the_one2one_head(tmp_path: Path) -> None:
+    teacher = load_detector(save_detector(tmp_path / "t.pt", "yolo26"))
+    x = torch.rand(1, 3, 64, 64)
+    before = teacher.heads(x)["one2many"]
+    teacher.drop_one2one()
+    after = teacher.heads(x)
+    assert all(torch.equal(after[key], before[key]) for key in ("boxes", "scores"))

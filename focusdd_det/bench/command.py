@@ -1,0 +1,90 @@
+"""`focusdd bench`, tools/bench.py: command line -> parts -> tables and bench.json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from focusdd_det.bench.options import PARTS, Request
+from focusdd_det.config import describe, load, parse_tokens
+from focusdd_det.demo.quiet import keep_quiet
+from focusdd_det.detset import write_atomic
+
+SHIPPED = "bench.yaml"
+USAGE = """Measure a build and a training step beside their floor, in one run, and print ratios with their spread.
+
+  python tools/bench.py --quick                                        everything, small, in about two minutes
+  python tools/bench.py parts=train model=yolo11n.yaml teacher=yolo11x.yaml imgsz=320 batch=8
+  python tools/bench.py parts=train teacher=weights/yolo11x.pt precision=fp32,bf16,bf16+channels_last
+  python tools/bench.py device=0 parts=train imgsz=640 batch=64 precision=fp16,bf16 teacher=yolo11x.yaml
+  python tools/bench.py parts=build,scaling sources=imagenet/train selector_weights=weights/deit_small.safetensors
+
+Cases of a part run in turns, round by round, and a ratio is that of two times of one round: its median, and the
+10 % and 90 % quantiles over the rounds. Everything is made in a temporary folder; bench.json and plots are kept.
+Every key of the list below as `key=value` or `--key value`.
+"""
+
+
+def bench_command(argv: Sequence[str]) -> int:
+    """Run the parts, print their tables, write `<out>/bench.json`.
+
+    Raises:
+        ConfigError: unknown keys (with suggestions) or wrong values.
+        FocusDDError: as the parts.
+    """
+    if any(word in ("-h", "--help", "help") for word in argv):
+        print(USAGE + "\n" + describe(SHIPPED))
+        return 0
+    hints = get_type_hints(Request)
+    request = load(Request, SHIPPED, parse_tokens(argv, hints, {"part": "parts"}), section="the command")
+    with tempfile.TemporaryDirectory(prefix="focusdd-bench-") as folder:
+        work = Path(folder)
+        keep_quiet(work)
+        import torch
+
+        from focusdd_det.bench.machine import described, machine
+
+        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        options = request.options(torch.cuda.device_count(), bf16)
+        facts = machine(options.device)
+        print(described(facts))
+        results: dict[str, Any] = {}
+        for part in (name for name in PARTS if name in request.parts):
+            module = part_module(part)
+            if module is None:
+                print(f"\n{part}: not part of this version")
+                continue
+            place = work / part
+            place.mkdir()
+            began = time.monotonic()
+            results[part] = module.measure(options, place)
+            results[part]["took_seconds"] = round(time.monotonic() - began, 1)
+            print(f"\n{module.table(results[part])}", flush=True)
+    content = {"command": list(argv), "machine": facts, "options": _plain(options), "parts": results}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.out / "bench.json", (json.dumps(content, indent=1) + "\n").encode())
+    print(f"\n{options.out / 'bench.json'}")
+    return 0
+
+
+def part_module(name: str) -> ModuleType | None:
+    """The module of a part, which has `measure(options, work) -> dict` and `table(dict) -> str`, or None."""
+    full = f"{__package__}.{name}"
+    try:
+        return importlib.import_module(full)
+    except ModuleNotFoundError as error:
+        if error.name != full:
+            raise
+        return None
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """Options as they may be shown to others: of a path its name."""
+    paths = ("model", "teacher", "selector", "selector_weights", "sources", "out")
+    return {key: Path(value).name if key in paths and value else value for key, value in vars(options).items()}

@@ -1,0 +1,71 @@
+"""What a time was measured on. No name of a machine, of a user or of a folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+PACKAGES = ("focusdd_det", "torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processors, memory, GPU, versions.
+
+    Args:
+        device: cpu, or the GPU that is measured.
+    """
+    import torch
+
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _first_line("/proc/cpuinfo", "model name"),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "flags": [flag for flag in FLAGS if flag in _first_line("/proc/cpuinfo", "flags").split()],
+        "memory_gb": round(int(_first_line("/proc/meminfo", "MemTotal").split(" ")[0] or 0) / 1e6, 1),
+        "torch_threads": torch.get_num_threads(),
+        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(int(device.split(",")[0].removeprefix("cuda:")))
+        facts["gpu"] = {
+            "name": properties.name,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        }
+    return facts
+
+
+def described(facts: dict[str, Any]) -> str:
+    """One line for people."""
+    gpu, flags = facts.get("gpu"), ", ".join(facts["flags"]) or "no flags known"
+    return (
+        (f"{gpu['name']} ({gpu['memory_gb']} GB), CUDA {gpu['cuda']}; " if gpu else "")
+        + f"{facts['processors']} x {facts['processor'] or facts['system']} ({flags}), "
+        f"{facts['memory_gb']} GB, {facts['torch_threads']} torch threads, load {facts['load_at_start']}, "
+        f"torch {facts['versions']['torch']}, ultralytics {facts['versions']['ultralytics']}"
+    )
+
+
+def _first_line(file: str, key: str) -> str:
+    path = Path(file)
+    if not path.is_file():
+        return ""
+    for line in path.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except ImportError:
+        return None

@@ -1,0 +1,173 @@
+"""The benchmark: its arithmetic on clocks that are made up, its options, and that it runs. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import save_detector, tiny_yaml
+
+from focusdd_det.bench.command import bench_command, part_module
+from focusdd_det.bench.options import BenchOptions, Request
+from focusdd_det.bench.timing import Ratio, compare, quantile, ratio, together
+from focusdd_det.cli import run_main
+from focusdd_det.config import load
+from focusdd_det.errors import ConfigError
+
+
+class Clock:
+    """A clock that moves only when something takes its time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def case(self, name: str, *takes: float) -> Any:
+        times = list(takes)
+
+        def run() -> None:
+            self.order.append(name)
+            self.now += times.pop(0) if len(times) > 1 else times[0]
+
+        return run
+
+
+def test_cases_are_timed_in_turns_that_rotate() -> None:
+    clock = Clock()
+    cases = {"a": clock.case("a", 100.0, 1.0, 2.0, 4.0), "b": clock.case("b", 10.0), "c": clock.case("c", 20.0)}
+    seconds = compare(cases, 3, warmup=1, clock=lambda: clock.now, wait=lambda: None)
+    assert seconds == {"a": [1.0, 2.0, 4.0], "b": [10.0] * 3, "c": [20.0] * 3}, "the warm-up is not counted"
+    assert "".join(clock.order[3:]) == "abc" + "bca" + "cab"
+    assert sorted(clock.order[:3]) == ["a", "b", "c"]
+
+
+def test_what_the_device_still_does_is_waited_for_and_counted() -> None:
+    clock, pending = Clock(), [0.0]
+
+    def hand_over() -> None:
+        pending[0] += 5.0
+
+    def wait() -> None:
+        clock.now += pending[0]
+        pending[0] = 0.0
+
+    pending[0] = 99.0  # of somebody before
+    assert compare({"a": hand_over}, 2, warmup=0, clock=lambda: clock.now, wait=wait) == {"a": [5.0, 5.0]}
+
+
+def test_every_run_is_told() -> None:
+    told: list[str] = []
+    compare({"a": lambda: None, "b": lambda: None}, 2, warmup=1, tick=told.append)
+    assert sorted(told) == ["a"] * 3 + ["b"] * 3
+
+
+@pytest.mark.parametrize(("cases", "rounds"), [({}, 1), ({"a": lambda: None}, 0)])
+def test_nothing_to_compare(cases: dict[str, Any], rounds: int) -> None:
+    with pytest.raises(ValueError, match="expected some cases"):
+        compare(cases, rounds)
+
+
+def test_a_ratio_is_paired_by_round() -> None:
+    # A machine that is ten times slower in the last round: the ratio does not see it.
+    assert ratio([2.0, 2.0, 20.0], [1.0, 1.0, 10.0]) == Ratio(2.0, 2.0, 2.0)
+    found = ratio([float(n) for n in range(1, 12)], [1.0] * 11)
+    assert found == pytest.approx((6.0, 2.0, 10.0)), "median, 10 % and 90 % quantile"
+    assert str(found) == "6.00 (2.00 to 10.00)"
+    for a, b in (([1.0], []), ([], []), ([1.0], [0.0])):
+        with pytest.raises(ValueError, match="as many times"):
+            ratio(a, b)
+
+
+def test_sums_and_quantiles() -> None:
+    assert together([1.0, 2.0], [10.0, 20.0]) == [11.0, 22.0]
+    assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 0.25, 0.5, 1)] == [1.0, 1.5, 2.0, 3.0]
+    assert quantile([7.0], 0.9) == 7.0
+
+
+# ---- options ----
+
+
+def options(gpus: int = 0, bf16: bool = True, **given: Any) -> BenchOptions:
+    return load(Request, "bench.yaml", given).options(gpus, bf16)
+
+
+def test_the_machine_decides_what_is_left_open() -> None:
+    cpu, old, gpu, quick = options(), options(bf16=False), options(gpus=1), options(quick=True)
+    assert (cpu.device, cpu.precision, cpu.teacher) == ("cpu", ("fp32", "bf16+channels_last"), "yolo11n.yaml")
+    assert old.precision == ("fp32",)
+    assert (gpu.device, gpu.precision, gpu.teacher, gpu.imgsz) == ("0", ("fp16",), "yolo11x.yaml", 640)
+    assert quick.rounds < cpu.rounds
+    assert Path(str(quick.teacher)).is_file() and Path(str(quick.selector_weights)).is_file()
+    assert options(precision="bf16,fp32").precision == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "0"}, "torch sees no GPU"),
+        ({"precision": ["fp16"]}, "on a CPU"),
+        ({"rounds": 0}, "rounds=0: expected at least 1"),
+        ({"imgsz": 100}, "a multiple of 32"),
+        ({"parts": ["trian"]}, "did you mean train"),
+        ({"clock": "sun"}, "expected one of wall, cpu"),
+    ],
+)
+def test_wrong_options(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        options(**given)
+
+
+# ---- the command ----
+
+
+def test_help_and_unknown_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(bench_command, ["--help"]) == 0
+    assert "parts=train" in capsys.readouterr().out
+    assert run_main(bench_command, ["round=3"]) == 2
+    assert "did you mean rounds" in capsys.readouterr().err
+
+
+def test_a_part_that_is_not_there() -> None:
+    assert part_module("train") is not None
+    assert part_module("nothing_of_this_name") is None
+
+
+def test_training_steps_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = tiny_yaml(tmp_path, classes=80), tmp_path / "bench"
+    given = f"parts=train rounds=2 imgsz=64 batch=2 device=cpu precision=fp32,bf16 model={model} teacher={model}"
+    assert run_main(bench_command, [*given.split(), f"out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["bench.json"]
+    content = json.loads((out / "bench.json").read_text())
+    train = content["parts"]["train"]
+    cases = {"plain", "teacher", "live", "stored"}
+    assert set(train["seconds"]) == {f"{kind} {case}" for kind in ("fp32", "bf16") for case in cases} | {"fp32 distill"}
+    assert all(len(times) == 2 and min(times) > 0 for times in train["seconds"].values())
+    for name in (
+        "fp32: live / (plain + teacher)",
+        "bf16: stored / plain",
+        "fp32: distill / plain",
+        "live: bf16 / fp32",
+    ):
+        assert set(train["ratios"][name]) == {"median", "low", "high"}
+        assert name in printed
+    assert "<= 1.05" in printed and "<= 1.10" in printed
+    assert train["peak_gpu_bytes"] == {}
+    assert content["machine"]["torch_threads"] >= 1
+    text = json.dumps({key: value for key, value in content.items() if key != "command"})
+    assert platform.node() not in text
+    assert str(tmp_path) not in text
+
+
+def test_a_teacher_with_two_heads_has_no_stored_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_detector(tmp_path / "two.pt", "yolo26")
+    model, out = tiny_yaml(tmp_path), tmp_path / "bench"
+    given = f"parts=train rounds=1 imgsz=64 batch=2 device=cpu precision=fp32 model={model} teacher={teacher}"
+    assert run_main(bench_command, [*given.split(), f"out={out}"]) == 0
+    train = json.loads((out / "bench.json").read_text())["parts"]["train"]
+    assert "fp32 stored" not in train["seconds"]
+    assert "two heads" in train["notes"][0]
+    assert "fp32: live / plain" in train["ratios"]
