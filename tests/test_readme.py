@@ -16,6 +16,7 @@ import torch
 from conftest import REPOSITORY, draw, save_detector
 from safetensors.torch import save_file
 
+from focusdd_det.bench.command import bench_command
 from focusdd_det.classify.continual import continual_command
 from focusdd_det.classify.export import export_command
 from focusdd_det.classify.nets import make_net
@@ -38,6 +39,7 @@ TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "tools/train_cls.py": train_cls,
     "tools/continual_cls.py": continual_command,
     "tools/export_cls.py": export_command,
+    "tools/bench.py": bench_command,
 }
 # What makes a command of the README small enough for a test; appended, and the last value of a key wins.
 SMALL = {
@@ -51,6 +53,10 @@ SMALL = {
     "tools/train_cls.py": "epochs=1 imgsz=32 batch=4 workers=0 device=cpu plots=False exist_ok=True",
     "tools/continual_cls.py": "steps=2 model=test_resnet epochs=1 imgsz=32 batch=4 device=cpu plots=False",
     "tools/export_cls.py": "",
+    "tools/bench.py": "parts=train rounds=1 imgsz=64 batch=2 device=cpu precision=fp32",
+    "focusdd explain": "selector=vit.json selector_weights=vit.safetensors batch=1",
+    "focusdd map": "device=cpu per_synset=1",
+    "focusdd experiment": "selector=vit.safetensors --dry-run",
 }
 
 
@@ -61,8 +67,9 @@ def commands() -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def python_commands() -> list[str]:
-    return [line for line in commands() if line.startswith("python tools/")]
+def own_commands() -> list[str]:
+    """Those of this package: scripts and `focusdd`."""
+    return [line for line in commands() if line.startswith(("python tools/", "focusdd "))]
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:
@@ -117,6 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (top / "downloads" / "food-101" / "meta" / f"{split}.json").write_text(json.dumps(table))
     (top / "weights").mkdir()
     torch.save(make_net("resnet18", 1000).module.state_dict(), top / "weights" / "resnet18.pth")
+    shutil.copy(top / "imagenet/train/n02123045/0.jpg", top / "picture.jpg")
     (top / "my_map.yaml").write_text("giraffes_2019: giraffe\n")
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
     torch.manual_seed(0)
@@ -146,12 +154,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def test_every_python_command_of_the_readme_runs(
+def test_every_command_of_the_readme_runs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the order of the README, each on what the ones before it made."""
     monkeypatch.chdir(place)
-    for line in python_commands():
+    for line in own_commands():
+        if line.startswith("focusdd "):
+            argv = [*shlex.split(line)[1:], *SMALL.get(" ".join(line.split()[:2]), "").split()]
+            code = main(argv)
+            assert code == 0, f"`{line}` ended with {code}: {capsys.readouterr().err[-2000:]}"
+            continue
         tool, *argv = shlex.split(line)[1:]
         small = SMALL[tool].split()
         if "resume=" in line:  # the run of the first training command has finished: what is asked is a clear answer
@@ -180,7 +193,7 @@ def test_every_shipped_config_is_read_by_its_tool() -> None:
     assert {p.name for p in cfg_dir().glob("*.yaml")} == {
         "build_det.yaml", "train_det.yaml", "coco_imagenet.yaml", "caltech101_coco.yaml", "imagenet_more_coco.yaml",
         "build_cls.yaml", "relabel_cls.yaml", "train_cls.yaml", "train_cls_tiny_imagenet.yaml", "train_cls_1000.yaml",
-        "finetune_cls.yaml", "transfer_cls.yaml", "tiny_vit.yaml", "store_targets.yaml",
+        "finetune_cls.yaml", "transfer_cls.yaml", "tiny_vit.yaml", "store_targets.yaml", "map_audit.yaml", "bench.yaml",
     }  # fmt: skip
     assert load_config().ipc == 50
     assert load_class_config().ipc == 10
