@@ -1,8 +1,8 @@
 """gallery.html of a set: one page that shows every composite, needs no network, and runs no text of the set.
 
-Format. gallery.html, .css and .js of this package become one file: the page, `head` (JSON), the script, then a block for
-every 64 composites: JSON of what tiles, filters and order need; JSON of the cells and boxes; a base64 JPEG a line; and
-a call that hands them to the script. So the first tiles show while the rest is still being read, and neither the writer
+Format. gallery.html, .css and .js of this package become one file: the page, `head` (JSON), the script, then a block
+for every 64 composites: JSON of what tiles, filters and order need; JSON of the cells and boxes; a base64 JPEG a line;
+and a call that hands them to the script. So the first tiles show while the rest is still being read, and neither the writer
 nor the reader ever holds the parts of all composites at once. Every `<` of the JSON is written \\u003c: a text of the
 set cannot end its block, the script shows it with textContent, and the page's Content-Security-Policy allows nothing
 but the two scripts by their hashes.
@@ -52,11 +52,11 @@ USAGE = """focusdd gallery SET: one page that shows every composite of a set, fo
   focusdd gallery datasets/focusdd out=focusdd.html         a page to send to somebody: it needs no other file
   focusdd gallery datasets/focusdd sources=train=imagenet/train selector_weights=weights/deit_small.safetensors
 
-Filter by class and by class of the boxes, search, sort; boxes on and off; the cells of a composite with their sources and
-scores when the pointer or the keyboard is on it; a click shows the picture in full, if the page lies in its set.
+Filter by class and by class of the boxes, search, sort; boxes on and off; the cells of a composite with their sources
+and scores when the pointer or the keyboard is on it; a click shows the picture in full, if the page lies in its set.
 
   out=SET/gallery.html   inside the set only this one: it is outside the set's hashes
-  thumb=160              side of the embedded pictures, px, 32 to 640; about 7 kB a composite at 160
+  thumb=160              side of the embedded pictures, px, 32 to 640; about 9 kB a composite at 160
   sources=NAME=PATH      where a source folder (or archive) of the set lies now, repeatable. With the selector's weights
                          the attention maps of the cells' sources are computed, which looks at each of them once more.
                          A set does not hold them. NAME is that of the manifest; PATH alone if the set has only one
@@ -64,7 +64,7 @@ scores when the pointer or the keyboard is on it; a click shows the picture in f
   selector=PATH.json     if the set's selector is a file of yours
 """
 _BLOCK = 64  # composites that are handed to the page at once
-_QUALITY = 70  # of the thumbnails: 7 kB each at 160 px
+_QUALITY = 70  # of the thumbnails: 6 kB each at 160 px, before base64
 _TAKE = "take()"
 
 

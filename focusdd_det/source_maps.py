@@ -1,4 +1,4 @@
-"""Attention maps of the sources that a finished set shows: the selector looks at them once more, and is the same one."""
+"""Attention maps of the sources of a finished set: its own selector, no other, looks at them once more."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SourceMaps:
         """Look up where in their archives the sources of these cells begin, in one pass over each archive."""
         wanted: dict[tuple[str, str], set[str]] = defaultdict(set)
         for cell in cells:
-            if cell.root in self.roots and "!" in cell.path or self._is_archive(cell.root):
+            if (cell.root in self.roots and "!" in cell.path) or self._is_archive(cell.root):
                 wanted[cell.root, cell.folder].add(cell.path)
         for name in sorted({root for root, _ in wanted}):
             folders = {folder for root, folder in wanted if root == name}
