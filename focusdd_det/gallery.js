@@ -109,7 +109,7 @@ function heatPicture(cell, solid) {
     const rise = Math.min(1, t * 2);
     const fall = Math.max(0, t * 2 - 1);
     pixels.data.set([40 + 190 * rise + 25 * fall, 15 + 45 * rise + 160 * fall, 90 - 30 * rise + 20 * fall], k * 4);
-    pixels.data[k * 4 + 3] = solid ? 255 : 215 * t ** 0.8;
+    pixels.data[k * 4 + 3] = solid ? 255 : 225 * t ** 1.3;
   });
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas;

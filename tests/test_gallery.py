@@ -230,14 +230,18 @@ def test_a_classification_set_and_a_page_elsewhere(browser: Browser, tmp_path: P
     assert browser.ask("document.querySelector('#file').hidden")
 
 
-def test_attention_maps(browser: Browser, looked_at: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_attention_maps(
+    browser: Browser, looked_at: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = shutil.copytree(looked_at / "set", tmp_path / "set")
     sources = shutil.copytree(looked_at / "sources", tmp_path / "sources")
     (sources / "odd" / "0_1.jpg").write_bytes(b"another")
     (sources / "odd" / "0_2.jpg").unlink()
     command = ["gallery", str(folder), f"sources=photos={sources}", f"selector={looked_at / 'vit.json'}"]
-    with caplog.at_level(logging.WARNING, "focusdd"):
-        assert main(command) == 0
+    logger = logging.getLogger("focusdd")
+    monkeypatch.setattr(logger, "handlers", [logging.NullHandler()])
+    monkeypatch.setattr(logger, "propagate", True)
+    assert main(command) == 0
     assert "1 cells have no attention map: another picture lies at its place now" in caplog.text
     show(browser, folder / NAME)
     picture = decode((sources / "odd" / "0_0.jpg").read_bytes())[0]
