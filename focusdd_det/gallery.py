@@ -3,8 +3,8 @@
 Format. gallery.html, .css and .js of this package become one file: the page, `head` (JSON), the script, then a block
 for every 64 composites: JSON of what tiles, filters and order need; JSON of the cells and boxes; a base64 JPEG a line;
 and a call that hands them to the script. So the first tiles show while the rest is still being read, and the
-writer holds one block at a time. Every `<` of the JSON is written \\u003c: a text of the set cannot end its block, the script shows
-it with textContent, and the page's Content-Security-Policy allows nothing but the two scripts by their hashes.
+writer holds one block at a time. Every `<` of the JSON is written \\u003c: a text of the set cannot end its block,
+the script shows it with textContent, and the page's Content-Security-Policy allows nothing but the two scripts by hash.
 """
 
 from __future__ import annotations
