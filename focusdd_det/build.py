@@ -26,6 +26,8 @@ from focusdd_det import detset
 from focusdd_det.composites import Bench, compose_all
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
+from focusdd_det.gallery import NAME as GALLERY
+from focusdd_det.gallery import write_gallery
 from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
@@ -445,6 +447,7 @@ def _finish(
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
     detset.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
     detset.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))
+    write_gallery(work, work / GALLERY)
     build_log = {
         "command": sys.argv,
         "sources": {root.name: str(root.path) for root in plan.roots},

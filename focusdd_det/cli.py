@@ -41,6 +41,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
   focusdd map audit source=imagenet/train teacher=yolo11x.pt                does the teacher find each folder's class?
   focusdd bench --quick                                                     how fast all of it is on this machine
+  focusdd gallery datasets/focusdd                                          every composite on one page, for a browser
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
@@ -169,7 +170,8 @@ def sheet_command(argv: Sequence[str]) -> int:
     hints = {"out": str, "count": int, "columns": int}
     if _wants_help(argv) or not argv:
         print(
-            "focusdd sheet SET [out=sheet.jpg] [count=36] [columns=6]: a contact sheet of composites with their boxes"
+            "focusdd sheet SET [out=sheet.jpg | out=sheet.png] [count=36] [columns=6]: a contact sheet of composites "
+            "with their boxes"
         )
         return 0 if argv else 2
     options = parse_tokens(argv[1:], hints, {})
@@ -181,6 +183,8 @@ def sheet_command(argv: Sequence[str]) -> int:
 
     folder = Path(argv[0])
     out = Path(str(options.get("out", "contact_sheet.jpg")))
+    if out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise ConfigError(f"sheet: out={out}: expected a name that ends in .jpg or .png")
     numbers = {key: options.get(key, usual) for key, usual in (("count", 36), ("columns", 6))}
     wrong = [f"{key}={value!r}" for key, value in numbers.items() if type(value) is not int or value < 1]
     if wrong:
@@ -189,7 +193,7 @@ def sheet_command(argv: Sequence[str]) -> int:
     if not items:
         raise VerifyError(f"{folder}: its manifest lists no composite")
     try:
-        data = contact_sheet(folder, items, read_data_yaml(folder), **numbers)
+        data = contact_sheet(folder, items, read_data_yaml(folder), **numbers, png=out.suffix.lower() == ".png")
     except (OSError, ValueError, BadImage) as error:
         raise VerifyError(f"{folder}: {error}; `focusdd verify {folder}` says what is damaged") from error
     write_atomic(out, data)
@@ -245,6 +249,7 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "map": "focusdd_det.map_audit:map_command",
     "experiment": "focusdd_det.experiment.command:experiment_command",
     "bench": "focusdd_det.bench.command:bench_command",
+    "gallery": "focusdd_det.gallery:gallery_command",
 }
 
 

@@ -6,6 +6,7 @@ train/<class>/*.jpg                                                  a classific
 manifest.jsonl      a line per composite, in plan order
 build.yaml          what determines the bytes;  build.log.json: what does not
 README.md           dataset card;  COMPLETE: hashes of the four files above, written last
+gallery.html        every composite on one page, outside the hashes; so is contact_sheet.jpg
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from focusdd_det.types import Detections
 INCOMPLETE = ".incomplete"
 HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMPLETE vouches for
 WORKING = (".lock", "scores.sqlite")  # of a set that is being built
-FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg")
+FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg", "gallery.html")
 _ID = re.compile(r"\w[\w.-]{0,120}", re.ASCII)  # of an item: a plain file name everywhere
 _LEFTOVER = re.compile(
     r"\..*\.tmp|\d{3,}_[a-z0-9-]*_\d{5}\.(jpg|txt|safetensors)"
@@ -166,8 +167,8 @@ def _place(part: str, item: Item) -> str:
     return f"train/{item.class_name}/{item.id}{PARTS[part]}"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """A file that is there whole or not at all.
+def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """A file that is there whole or not at all. `data` may come piece by piece; it must raise no OSError of its own.
 
     Raises:
         DiskError: full disk, no permission; the temporary file is removed.
@@ -175,7 +176,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import yaml
 
-from focusdd_det.compose import encode_jpeg, resize
+from focusdd_det.compose import encode_jpeg, encode_png, resize
 from focusdd_det.decode import decode
 from focusdd_det.detset import Cell, Item, part_path
 from focusdd_det.labels import parse_rows
@@ -315,15 +315,15 @@ def _class_row(name: str, members: Sequence[Item]) -> str:
 
 
 def contact_sheet(
-    folder: Path, items: Sequence[Item], names: Sequence[str], columns: int = 6, count: int = 36
+    folder: Path, items: Sequence[Item], names: Sequence[str], columns: int = 6, count: int = 36, png: bool = False
 ) -> bytes:
-    """A JPEG of up to `count` composites with their boxes, spread evenly over the set."""
+    """A JPEG (or PNG) of up to `count` composites with their boxes, spread evenly over the set."""
     shown = sorted({round(i) for i in np.linspace(0, len(items) - 1, min(len(items), count))})
     tiles = [draw_item(folder, items[i], names, _TILE) for i in shown]
     columns = min(columns, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
-    return encode_jpeg(sheet, 85)
+    return encode_png(sheet) if png else encode_jpeg(sheet, 85)
 
 
 def draw_item(folder: Path, item: Item, names: Sequence[str], side: int) -> Image:

@@ -97,8 +97,8 @@ def test_a_set_is_what_its_records_say(made: Path) -> None:
     assert [(i.class_name, i.index) for i in items] == [(n, k) for n in NAMES for k in range(2)]
     assert read_data_yaml(made) == list(NAMES)
     assert sorted(p.name for p in made.iterdir()) == sorted(
-        ["COMPLETE", "README.md", "build.log.json", "build.yaml", "contact_sheet.jpg", "data.yaml", "images", "labels",
-         "manifest.jsonl", "quarantine.jsonl", "soft"]
+        ["COMPLETE", "README.md", "build.log.json", "build.yaml", "contact_sheet.jpg", "data.yaml", "gallery.html",
+         "images", "labels", "manifest.jsonl", "quarantine.jsonl", "soft"]
     )  # fmt: skip
     for item in items:
         picture = cv2.imread(str(detset.part_path(made, "images", item)))

@@ -33,7 +33,7 @@ def kill_and_go_on(begin: Build, tmp_path: Path, unbroken: Path, fault: Fault) -
 def test_the_unbroken_build_is_whole(unbroken: Path, moments: list[str]) -> None:
     assert verify(unbroken) == []
     assert len(list(read_manifest(unbroken))) == 9
-    assert len(moments) == 2 + 9 * len(WITHIN) + 2 * 7 + 1  # build.yaml, composites, files about them, the last rename
+    assert len(moments) == 2 + 9 * len(WITHIN) + 2 * 8 + 1  # build.yaml, composites, files about them, the last rename
 
 
 @pytest.mark.parametrize(("composite", "step"), [(0, 1), (2, 6), (4, 0), (4, 3), (7, 5), (8, 6)])
