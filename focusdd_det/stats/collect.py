@@ -83,6 +83,7 @@ class _Seen:
     snr: float
     hash: int
     side: int
+    grid: int  # n of its n x n cells
     rows: Doubles  # [k, 5]
     confidence: Doubles  # [k]
     view: Image | None
@@ -117,7 +118,6 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
     seen: list[_Seen] = []
     features: list[NDArray[np.float32]] = []
     used: Counter[str] = Counter()
-    grid = _grid(folder)
     bar = progress_bar(total, name)
     try:
         items = detset.read_manifest(folder)
@@ -151,7 +151,7 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
         features=np.concatenate(features) if features else None,
         boxes_per_image=np.array([len(one.rows) for one in boxed], np.int64),
         covered=np.array([covered_area(one.rows) for one in boxed], np.float64),
-        cells_boxed=np.array([cells_with_a_box(one.rows, grid) / grid**2 for one in boxed], np.float64),
+        cells_boxed=np.array([cells_with_a_box(one.rows, one.grid) / one.grid**2 for one in boxed], np.float64),
         box_classes=rows[:, 0].astype(np.int64),
         sizes=sizes,
         areas=(sizes * sides) ** 2,
@@ -182,7 +182,18 @@ def _look(folder: Path, item: Item, classes: int, vit: Selector | None) -> _Seen
     side = max(pixels.shape[:2])
     sources = tuple(cell.sha256 for cell in item.cells)
     noise = math.nan if snr is None else snr
-    return _Seen(item.id, item.class_index, sources, noise, difference_hash(pixels), side, rows, confidence, view)
+    return _Seen(
+        item.id,
+        item.class_index,
+        sources,
+        noise,
+        difference_hash(pixels),
+        side,
+        max(1, item.grid),
+        rows,
+        confidence,
+        view,
+    )
 
 
 def _read(folder: Path, item: Item, part: str) -> bytes:
@@ -210,11 +221,6 @@ def _sealed(folder: Path) -> str:
 def _config(folder: Path) -> dict[str, Any]:
     config = read_yaml(folder / "build.yaml").get("config")
     return config if isinstance(config, dict) else {}
-
-
-def _grid(folder: Path) -> int:
-    grid = _config(folder).get("grid", 2)
-    return grid if type(grid) is int and 1 <= grid <= 16 else 2
 
 
 def _method(folder: Path) -> str:
