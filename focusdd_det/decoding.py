@@ -154,7 +154,7 @@ def _in_order(items: Iterator[Located], slots: NDArray[np.uint8], pool: list[_Wo
             yield job.located, job.answer
         else:
             sha, width, height, phash = job.answer
-            yield job.located, Glance(sha, width, height, slots[job.slot][None] if width else (), phash)
+            yield job.located, Glance(sha, width, height, (slots[job.slot],) if width else (), phash)
         free.append(job.slot)
 
 

@@ -163,13 +163,14 @@ def quarantine(folder: Path) -> dict[str, str]:
     return {json.loads(line)["path"]: json.loads(line)["reason"] for line in lines}
 
 
-def test_one_of_each_in_a_build(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["threads", "processes"])
+def test_one_of_each_in_a_build(workshop: Workshop, tmp_path: Path, loader: str) -> None:
     sources = shutil.copytree(workshop.sources, tmp_path / "sources")
     for path in sorted((sources / "ball").iterdir())[8:]:
         path.unlink()
     expected = spoil(sources / "ball")
     before = sorted(os.fsencode(p) for p in sources.rglob("*"))
-    folder = workshop.build(tmp_path / "set", sources=[str(sources)], max_bad=0.5)
+    folder = workshop.build(tmp_path / "set", sources=[str(sources)], max_bad=0.5, loader=loader)
     assert verify(folder) == []
     found = quarantine(folder)
     assert set(found) == {f"ball/{name}" for name in expected}

@@ -1,0 +1,1 @@
+"""`focusdd bench`, tools/bench.py: what the machine's floor is and what we take, side by side in one run."""
