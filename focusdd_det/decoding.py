@@ -34,7 +34,9 @@ from focusdd_det.glance import Glance, Known, Whole, glance
 from focusdd_det.sources import Located
 
 Outcome = tuple[Located, Glance | str]
-MANY = 8  # workers from which processes beat threads: the interpreter's lock is held for about a tenth of a decode
+# Workers from which processes are taken. On two cores both are as fast, so this is an estimate: threads hold the
+# interpreter's lock for some tenth of a decode, the process that is served for a tenth of that.
+MANY = 8
 _QUEUE = 32  # pictures that wait for one process: enough while a batch is at the ViT, and their messages fit the pipe
 _END = 5.0  # seconds that a process has to end by itself
 

@@ -137,7 +137,7 @@ def test_a_killed_process_ends_the_build_by_the_name_of_its_picture(pictures: Pa
 
 
 def test_an_unforeseen_error_in_a_process_is_told_like_one_in_a_thread(pictures: Path) -> None:
-    """A view of no size is what nobody asks for."""
+    """A task without a config is what nobody sends."""
     with pytest.raises(FocusDDError, match=r"r:ball/.* could not be looked at \(.*Error"):
         seen(in_processes(sources(pictures), Task(VIEW, None, Known()), 1, DEPTH))  # type: ignore[arg-type]
 
