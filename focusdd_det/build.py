@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
 from focusdd_det.scores import ScoreStore, score_all
-from focusdd_det.selector import Selector, load_selector, token_grid
+from focusdd_det.selector import Selector, load_selector, precision_of, token_grid
 from focusdd_det.teacher import load_detector
 from focusdd_det.window_judge import WindowJudge
 
@@ -43,7 +43,7 @@ log = logging.getLogger("focusdd")
 
 # Keys that say where or how fast, not what; every other key is part of what determines the bytes.
 MACHINE_KEYS = (
-    "sources", "out", "device", "workers", "threads", "scores", "grow_from", "overwrite", "download",
+    "sources", "out", "device", "workers", "loader", "threads", "scores", "grow_from", "overwrite", "download",
     "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins",
 )  # fmt: skip
 # Keys that sets of earlier versions lack, with the value that means what those did.
@@ -102,7 +102,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
-    config = method.adapt(config)
+    config = replace(method.adapt(config), precision=precision_of(config.precision, _device(config)))
     labeller, teacher = _labeller(config, plan)
     selector = _selector(config, method)
     if config.threads:
@@ -118,7 +118,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
         if config.grow_from:
             _grow(Path(config.grow_from), work, identity)
         _require_space(work, plan, config, method)
-        store = ScoreStore(Path(config.scores) if config.scores else work / "scores.sqlite")
+        store = ScoreStore(Path(config.scores or work / "scores.sqlite"), contents=bool(config.scores))
         try:
             with _phase(seconds, "score"):
                 _score(config, method, plan, store, selector, judge)

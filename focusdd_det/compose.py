@@ -39,6 +39,12 @@ def letterbox(picture: Image, side: int) -> tuple[Image, float, int, int]:
     return canvas, scale, left, top
 
 
+def middle_square(width: int, height: int) -> Crop:
+    """The short-side square in the middle: what a background shows."""
+    side = min(width, height)
+    return Crop((width - side) // 2, (height - side) // 2, side)
+
+
 def resize(picture: Image, width: int, height: int) -> Image:
     """Area averaging when shrinking, Lanczos when enlarging."""
     old_height, old_width = picture.shape[:2]

@@ -26,12 +26,13 @@ from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
+from focusdd_det.glance import UNREADABLE
 from focusdd_det.labelling import Labeller, Look
 from focusdd_det.layouts import Layouts, cell_sizes
 from focusdd_det.methods import Method, check_order
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar
-from focusdd_det.scores import UNREADABLE, Judged, Row, ScoreStore
+from focusdd_det.scores import Judged, Row, ScoreStore
 from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal, proposals
 from focusdd_det.sources import Root, locate

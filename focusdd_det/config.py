@@ -65,10 +65,11 @@ class SetConfig:
     jpeg_quality: int
     max_bad: float
     max_pixels: int
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     batch: int
     device: str
     workers: int
+    loader: Literal["auto", "threads", "processes"]
     threads: int
     scores: str | None
     grow_from: str | None

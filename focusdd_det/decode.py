@@ -1,8 +1,10 @@
 """Bytes of a picture file -> pixels, or a stated reason why not.
 
-JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size. Everything that OpenCV
-reads differently from what people see (CMYK, palettes, alpha, 16 bits, a turned picture, half a file) goes through
-Pillow.
+JPEG, the one format that matters for speed, is decoded by OpenCV, for a view at reduced size; an ordinary one is told
+by its own markers. Everything that OpenCV reads differently from what people see (CMYK, palettes, alpha, 16 bits, a
+turned picture, half a file), and everything odd, goes through Pillow.
+
+Imported by processes that only decode: nothing here may import torch.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4 | cv2.IMREAD_IGNORE_ORIENTATION,
     8: cv2.IMREAD_REDUCED_COLOR_8 | cv2.IMREAD_IGNORE_ORIENTATION,
 }
+# Segments that say nothing about how a JPEG looks: tables, restart interval, APP0 and APP2 to APP15, comments.
+_PASSED_OVER = frozenset({0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE})
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # MPO comes with JPEG
 PILImage.init()  # registers every format; without it Pillow loads them one by one on the first failure
 
@@ -50,6 +54,11 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
     if not data:
         raise BadImage("empty file")
     try:
+        size = upright_jpeg(data)
+        if size is not None and size[0] * size[1] <= max_pixels and _is_whole(data):
+            pixels = _opencv(data, _factor(min(size), least_side))
+            if pixels is not None:
+                return pixels, *size
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes that are judged here
             header = _open(data)
@@ -59,11 +68,10 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
             orientation = header.getexif().get(0x0112, 1)
             plain = header.format == "JPEG" and header.mode in ("RGB", "L") and orientation == 1
             if plain and _is_whole(data):
-                factor = _factor(min(width, height), least_side)
-                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor])
+                pixels = _opencv(data, _factor(min(width, height), least_side))
                 if pixels is None:
                     raise BadImage("damaged JPEG")
-                return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), width, height
+                return pixels, width, height
             return _slow(header)
     except BadImage:
         raise
@@ -73,6 +81,36 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
         raise BadImage("too large for the memory") from error
     except Exception as error:  # decoders raise whatever they like on hostile bytes; the reason goes into the report
         raise BadImage(str(error).replace("\n", " ")[:200] or type(error).__name__) from error
+
+
+def upright_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG that looks as it is stored: baseline or progressive, 8 bits, grey or three channels,
+    nothing that could turn it. None for whatever else there is: not a JPEG, an odd one, one with EXIF or XMP, one that
+    holds several pictures. (ITU-T T.81, Annex B.)"""
+    if data[:2] != b"\xff\xd8":
+        return None
+    size = None
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
+        if marker == 0xDA:  # the pixels begin
+            return size
+        if marker in (0xC0, 0xC2) and size is None:
+            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+            channels = data[at + 9]
+            if data[at + 4] != 8 or channels not in (1, 3) or length != 8 + 3 * channels or not width * height:
+                return None
+            size = (width, height)
+        elif marker not in _PASSED_OVER or length < 2 or data.startswith(b"MPF\0", at + 4):
+            return None
+        at += 2 + length
+    return None
+
+
+def _opencv(data: bytes, factor: int) -> Image | None:
+    """RGB pixels of a JPEG, at 1/factor; None if it is damaged."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor])
+    return None if pixels is None else np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels), np.uint8)
 
 
 def _open(data: bytes) -> PILImage.Image:

@@ -9,36 +9,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import sqlite3
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from itertools import islice
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focusdd_det.compose import letterbox, resize
 from focusdd_det.config import SetConfig
-from focusdd_det.decode import BadImage, decode
-from focusdd_det.errors import DataError, DiskError, FocusDDError
+from focusdd_det.contents import STEPS, Content, Contents, steps
+from focusdd_det.decoding import Task, choose, in_processes, in_threads
+from focusdd_det.errors import DataError, DiskError
+from focusdd_det.glance import UNREADABLE, Glance, Known, glance
 from focusdd_det.methods import REALISM_LEAST, Method
 from focusdd_det.plugins import content_of
 from focusdd_det.select import Candidates
 from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
-from focusdd_det.types import Crop, Image, round_half_up
 from focusdd_det.window_judge import WindowJudge
-from focusdd_det.windows import best_windows, least_windows, middle_square, realism, window_side
+from focusdd_det.windows import best_windows, least_windows, realism, window_side
 
-_VERSION = 1  # of the scoring itself: a change of what a score means must not meet old scores
+_VERSION = 2  # of the scoring itself: a change of what a score means must not meet old scores
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS source (
     root TEXT, path TEXT, folder TEXT, grp TEXT, sig TEXT, run INTEGER,
@@ -52,7 +49,6 @@ _COLUMNS = (
     "p", "share", "win_row", "win_col", "phash", "bad", "feature",
 )  # fmt: skip
 MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
-UNREADABLE = "unreadable"  # how the reason begins when the file system refused; it is tried again by the next run
 
 
 @dataclass(frozen=True)
@@ -77,33 +73,24 @@ class Row:
 _ROW_FIELDS = tuple(field.name for field in fields(Row))[:-1]
 
 
-@dataclass(frozen=True)
-class _Glance:
-    """A decoded source on its way to the ViT."""
-
-    sha: bytes
-    width: int
-    height: int
-    views: tuple[Image, ...]  # the whole source, or the crops that the method looks at
-    phash: int
-
-
 class ScoreStore:
     """The SQLite file. Not for several threads; one build at a time (the build holds a lock)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, contents: bool = False) -> None:
+        """`contents`: also keep what was seen by content, for other names, maps and folders (contents.py)."""
         self.path = path
         with self._told():
             self.db = sqlite3.connect(path)
-            tables = [name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            if tables not in ([], ["source"]):
-                raise DiskError(f"{path} is a database of something else ({tables[0]}); give another `scores`")
+            tables = {name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if foreign := sorted(tables - {"source", "content"}):
+                raise DiskError(f"{path} is a database of something else ({foreign[0]}); give another `scores`")
             # Exclusive: two builds that share a file of scores would count each other's sources as their own.
             self.db.executescript(
                 "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=DELETE; PRAGMA synchronous=NORMAL;" + _SCHEMA
             )
             self._add_columns()
             self.run = int(self.db.execute("SELECT COALESCE(MAX(run), 0) + 1 FROM source").fetchone()[0])
+            self.contents = Contents(self.db, contents)
 
     def _add_columns(self) -> None:
         """`feature` is younger than the other columns: an older file gets it, empty."""
@@ -158,9 +145,34 @@ class ScoreStore:
             ).fetchone()
         return None if found is None else str(found[0])
 
-    def put(self, rows: Sequence[tuple[object, ...]]) -> None:
-        """Insert or replace rows in the order of the schema."""
+    def recall(self, located: Located, look: str, sha: bytes | None = None) -> Content | None:
+        """What was seen of this content under whatever name, class and map.
+
+        Args:
+            look: how it was seen (`look_of`).
+            sha: its hash; None: that of this very file, if it was read before.
+        """
+        if not self.contents.enabled:
+            return None
+        s = located.source
         with self._told():
+            if sha is None:
+                found = self.db.execute(
+                    "SELECT sha FROM source WHERE root = ? AND path = ? AND size = ? AND mtime = ? AND bad IS NULL",
+                    (s.root, s.path, located.size, located.mtime_ns),
+                ).fetchone()
+                sha = None if found is None else found[0]
+            return None if sha is None else self.contents.get(look, sha)
+
+    def known_contents(self, look: str) -> Known:
+        """The contents that `recall` finds; 8 bytes each."""
+        with self._told():
+            return self.contents.known(look)
+
+    def put(self, rows: Sequence[tuple[object, ...]], look: str = "", contents: Sequence[Content] = ()) -> None:
+        """Insert or replace rows in the order of the schema, and what was seen by content."""
+        with self._told():
+            self.contents.put(look, contents)
             self.db.executemany(f"INSERT OR REPLACE INTO source VALUES ({','.join('?' * len(_COLUMNS))})", rows)
 
     def commit(self) -> None:
@@ -282,7 +294,7 @@ def score_all(
         method: says whether the ViT is shown a source as a whole, or crops of it.
         columns: class -> outputs of the ViT that stand for it; empty: the largest probability counts.
         config: geometry, view and limits.
-        workers: decoding threads.
+        workers: decoding threads or processes.
         progress: called with the number of sources that are done.
         judge: the detection teacher, for methods that rank windows by what it finds in them.
 
@@ -291,47 +303,98 @@ def score_all(
     """
     view = judge.side if judge else selector.view if selector else 64
     signatures = {group: signature(selector, method, own, config, judge, group) for group, own in columns.items()}
+    look = look_of(selector, method, config)
     sources = max(1, config.batch // max(1, method.looks))  # a batch
-    batch: list[tuple[Located, _Glance]] = []
+    shape = (sources, max(1, method.looks), view, view, 3)
+    on_gpu = selector is not None and selector.device.type == "cuda"
+    batch: list[tuple[Located, Glance]] = []
+    pixels = _blank(shape, on_gpu)
+    ahead: Future[_Seen] | None = None  # a batch that is at the ViT, while the next one is filled
     judged = Judged(config.max_bad)
     last_commit = time.monotonic()
 
-    def flush() -> None:
-        nonlocal last_commit
-        if batch:
-            size = max(1, method.looks) * sources
-            store.put(_look(batch, selector, columns, signatures, store.run, config, size, method, judge))
-            progress(len(batch))
-            batch.clear()
+    def finish() -> None:
+        nonlocal ahead, last_commit
+        if ahead is not None:
+            rows, contents = ahead.result()
+            ahead = None
+            store.put(rows, look, contents)
+            progress(len(rows))
         if time.monotonic() - last_commit > 2.0:
             store.commit()
             last_commit = time.monotonic()
 
+    def flush(vit: ThreadPoolExecutor) -> None:
+        nonlocal ahead, batch, pixels
+        if batch:
+            keep = bool(look) and store.contents.enabled
+            work = (batch, pixels, selector, columns, signatures, store.run, config, keep, method, judge)
+            following = vit.submit(_look, *work)
+            finish()
+            ahead, batch, pixels = following, [], _blank(shape, on_gpu)
+
+    def remembered(located: Located, content: Content) -> None:
+        store.put([_row_of(located, signatures, store.run, content, columns, config)])
+        progress(1)
+        judged.add(located.source, "")
+
     def new_sources() -> Iterator[Located]:
         for located in stream:
             reason = store.known(located, signatures[located.source.group])
-            if reason is None:
-                yield located
-            else:
+            if reason is not None:
                 progress(1)
                 judged.add(located.source, reason)
+            elif (content := store.recall(located, look) if look else None) is not None:
+                remembered(located, content)
+            else:
+                yield located
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        for located, outcome in _ahead(
-            pool, new_sources(), lambda s: _glance(s, view, method, config), 4 * workers + config.batch
-        ):
+    known = store.known_contents(look) if look else Known()
+    depth = 4 * workers + config.batch
+    if choose(config.loader, workers, on_gpu, not method.looks and not method.needs_teacher) == "processes":
+        outcomes = in_processes(new_sources(), Task(view, config, known), workers, depth)
+    else:
+        outcomes = in_threads(new_sources(), lambda s: glance(s, view, method, config, known), workers, depth)
+    with ThreadPoolExecutor(1, thread_name_prefix="vit") as vit, contextlib.closing(outcomes):
+        for located, outcome in outcomes:
+            if isinstance(outcome, Glance) and not outcome.views:
+                content = store.recall(located, look, outcome.sha)
+                if content is not None:
+                    remembered(located, content)
+                    continue
+                outcome = glance(located, view, method, config)  # another content with the same first 8 bytes
             if isinstance(outcome, str):
                 store.put([_columns_of(located, signatures, store.run, None, 0.0, 0.0, (0, 0), outcome)])
                 progress(1)
                 judged.add(located.source, outcome)
                 continue
             judged.add(located.source, "")
-            batch.append((located, outcome))
+            for i, pixels_of_view in enumerate(outcome.views):
+                pixels[len(batch), i] = pixels_of_view  # the only copy; a process' views are lent
+            batch.append((located, replace(outcome, views=())))
             if len(batch) == sources:
-                flush()
-    flush()
+                flush(vit)
+        flush(vit)
+        finish()
     store.commit()
     judged.end()
+
+
+_Seen = tuple[list[tuple[object, ...]], list[Content]]  # rows of the sources, and what is kept by content
+
+
+def _blank(shape: tuple[int, ...], pinned: bool) -> NDArray[np.uint8]:
+    """Zeros for a batch of views; pinned, so that they reach a GPU without another copy and while it works."""
+    return np.asarray(torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy())
+
+
+def look_of(selector: Selector | None, method: Method, config: SetConfig) -> str:
+    """What a remembered content depends on besides its bytes: the signature without what the class is made of. Empty
+    where contents are not remembered: nothing is seen, of several looks the best for one class only, or more than the
+    window with the most attention."""
+    if selector is None or method.looks or method.needs_features or method.window != "most":
+        return ""
+    return "content " + signature(selector, method, (), replace(config, confidence="max"))
 
 
 def signature(
@@ -365,66 +428,23 @@ def signature(
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def difference_hash(picture: Image) -> int:
-    """64-bit perceptual hash: is each cell of an 8 x 9 grey miniature brighter than its right neighbour?"""
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
-    bits = (small[:, 1:] > small[:, :-1]).ravel()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def view_pixels(picture: Image, view: int, geometry: str) -> Image:
-    """What the ViT sees: the whole picture squashed, or its middle square, at view x view px."""
-    if geometry == "crop":
-        square = middle_square(picture.shape[1], picture.shape[0])
-        picture = picture[square.y : square.y + square.side, square.x : square.x + square.side]
-    return resize(picture, view, view)
-
-
-def _glance(located: Located, view: int, method: Method, config: SetConfig) -> _Glance | str:
-    """Read, hash, decode and shrink one source; a string is the reason why it cannot be used."""
-    if located.problem:
-        return located.problem
-    try:
-        data = located.read()
-        least = math.ceil(view / math.sqrt(REALISM_LEAST)) if method.looks else view  # the smallest crop fills a view
-        picture, width, height = decode(data, least, config.max_pixels)
-    except BadImage as error:
-        return str(error)
-    except OSError as error:
-        return f"{UNREADABLE}: {error.strerror or error}"
-    except MemoryError:
-        return "too large for the memory"
-    pixels = view_pixels(picture, view, config.geometry)
-    digest = hashlib.sha256(data)
-    crops = method.look_crops(width, height, digest.hexdigest(), config)
-    views = tuple(_crop_pixels(picture, width, crop, view) for crop in crops) or (pixels,)
-    if method.needs_teacher:
-        views = (letterbox(picture, view)[0],)
-    return _Glance(digest.digest(), width, height, views, difference_hash(pixels))
-
-
-def _crop_pixels(picture: Image, width: int, crop: Crop, view: int) -> Image:
-    """A square of a source, from its picture that may have been decoded at reduced size, at view x view px."""
-    scale = picture.shape[1] / width
-    side = max(1, min(round_half_up(crop.side * scale), *picture.shape[:2]))
-    x = min(round_half_up(crop.x * scale), picture.shape[1] - side)
-    y = min(round_half_up(crop.y * scale), picture.shape[0] - side)
-    return resize(picture[y : y + side, x : x + side], view, view)
-
-
 def _look(
-    batch: Sequence[tuple[Located, _Glance]],
+    batch: Sequence[tuple[Located, Glance]],
+    pixels: NDArray[np.uint8],
     selector: Selector | None,
     columns: Mapping[str, Sequence[int]],
     signatures: Mapping[str, str],
     run: int,
     config: SetConfig,
-    size: int,
+    keep: bool,
     method: Method,
     judge: WindowJudge | None = None,
-) -> list[tuple[object, ...]]:
+) -> _Seen:
     """One batch through the ViT, at a fixed batch shape: a ViT at batch 1 and 32 differs in the seventh digit.
+
+    Args:
+        pixels: [sources, looks, view, view, 3], zeros behind the last source.
+        keep: also return what is kept by content.
 
     Of several looks at one source the one with the largest p counts, the first of equals; `corner` then holds its
     number. With a `judge` the detection teacher looks in place of the ViT.
@@ -434,96 +454,94 @@ def _look(
     share = np.zeros(n)
     corner: NDArray[np.int64] = np.zeros((n, 2), np.int64)
     features: NDArray[np.float16] | None = None
+    contents: list[Content] = []
     if selector is not None:
-        views = [view for _, glance in batch for view in glance.views]
-        pixels = np.zeros((size, selector.view, selector.view, 3), np.uint8)
-        pixels[: len(views)] = np.stack(views)
-        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        looks = pixels.shape[1]
+        tensor = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+        tensor = tensor if tensor.is_pinned() else tensor.contiguous()
         if method.needs_features:
             probabilities, attention, vectors = selector.with_features(tensor)
-            features = vectors[: len(views)].numpy().astype(np.float16)
+            features = vectors[: n * looks].numpy().astype(np.float16)
         else:
             probabilities, attention = selector(tensor)
         k = window_side(selector.grid, config.side_ratio)
-        share_t, corner_t = best_windows(attention[: len(views)], k)
+        share_t, corner_t = best_windows(attention[: n * looks], k)
         if method.window == "least":
-            corner_t = least_windows(attention[: len(views)], k)
+            corner_t = least_windows(attention[: n * looks], k)
         shares, corners = share_t.double().numpy(), corner_t.numpy()
-        table = probabilities[: len(views)].double().numpy()
-        first = 0
-        for i, (located, glance) in enumerate(batch):
-            own = columns[located.source.group]
-            rows = table[first : first + len(glance.views)]
-            each = rows.max(axis=1) if config.confidence == "max" or not own else rows[:, list(own)].sum(axis=1)
+        table = steps(probabilities[: n * looks].double().numpy())
+        for i, (located, seen) in enumerate(batch):
+            first = i * looks
+            each = _confidence(table[first : first + looks], columns[located.source.group], config)
             best = int(np.round(each, 4).argmax())
             p[i], share[i] = each[best], shares[first + best]
-            corner[i] = corners[first] if len(rows) == 1 else (best, 0)
+            corner[i] = corners[first] if looks == 1 else (best, 0)
             if features is not None:
                 features[i] = features[first + best]
-            first += len(rows)
+            if keep:
+                where = (int(corner[i, 0]), int(corner[i, 1]))
+                what = (seen.sha, seen.width, seen.height, float(share[i]), where, seen.phash)
+                contents.append(Content(*what, table[first]))
     elif judge is not None:
-        sizes = [(glance.width, glance.height) for _, glance in batch]
+        sizes = [(seen.width, seen.height) for _, seen in batch]
         groups = [located.source.group for located, _ in batch]
-        p, corner = judge([glance.views[0] for _, glance in batch], sizes, groups)
-    return [
+        p, corner = judge([pixels[i, 0] for i in range(n)], sizes, groups)
+    rows = [
         _columns_of(
             located,
             signatures,
             run,
-            glance,
-            float(min(p[i], 1.0)),
+            seen,
+            float(p[i]),
             float(share[i]),
             (int(corner[i, 0]), int(corner[i, 1])),
             feature=None if features is None else features[i].tobytes(),
         )
-        for i, (located, glance) in enumerate(batch)
+        for i, (located, seen) in enumerate(batch)
     ]
+    return rows, contents
+
+
+def _confidence(table: NDArray[np.uint16], own: Sequence[int], config: SetConfig) -> NDArray[np.float64]:
+    """p of each look from the probabilities of all classes, [looks, classes] in steps of 1/65535: the sum over the
+    class' own outputs, or the largest."""
+    largest = config.confidence == "max" or not own
+    each = table.max(axis=1) if largest else table[:, list(own)].sum(axis=1, dtype=np.int64)
+    return np.asarray(np.minimum(each / STEPS, 1.0), np.float64)
+
+
+def _row_of(
+    located: Located,
+    signatures: Mapping[str, str],
+    run: int,
+    content: Content,
+    columns: Mapping[str, Sequence[int]],
+    config: SetConfig,
+) -> tuple[object, ...]:
+    """The row of a source whose content was seen before."""
+    seen = Glance(content.sha, content.width, content.height, (), content.phash)
+    p = float(_confidence(content.probabilities[None], columns[located.source.group], config)[0])
+    return _columns_of(located, signatures, run, seen, p, content.share, content.corner)
 
 
 def _columns_of(
     located: Located,
     signatures: Mapping[str, str],
     run: int,
-    glance: _Glance | None,
+    seen: Glance | None,
     p: float,
     share: float,
     corner: tuple[int, int],
     bad: str | None = None,
     feature: bytes | None = None,
 ) -> tuple[object, ...]:
-    """A row in the order of the schema; `glance` is None for a source that cannot be used."""
+    """A row in the order of the schema; `seen` is None for a source that cannot be used."""
     s = located.source
-    sha, width, height, phash = (glance.sha, glance.width, glance.height, glance.phash) if glance else (b"", 0, 0, 0)
+    sha, width, height, phash = (seen.sha, seen.width, seen.height, seen.phash) if seen else (b"", 0, 0, 0)
     signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
     where = (located.offset, located.size, located.mtime_ns)
-    seen = (sha, width, height, p, share, *corner, signed, bad, feature)
-    return (s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, *seen)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, items: Iterator[Located], work: Callable[[Located], _Glance | str], depth: int
-) -> Iterator[tuple[Located, _Glance | str]]:
-    """`work` of each item in threads, in order, never more than `depth` ahead of the consumer: memory stays flat."""
-    pending: deque[tuple[Located, Future[_Glance | str]]] = deque()
-    try:
-        for item in islice(items, depth):
-            pending.append((item, pool.submit(work, item)))
-        while pending:
-            item, future = pending.popleft()
-            following = next(items, None)
-            if following is not None:
-                pending.append((following, pool.submit(work, following)))
-            try:
-                outcome = future.result()
-            except Exception as error:
-                raise FocusDDError(
-                    f"{item.source} could not be looked at ({type(error).__name__}: {error}); what is done is kept. "
-                    "Run the same command again; if it ends here again, this is a bug: please report it"
-                ) from error
-            yield item, outcome
-    finally:
-        for _, future in pending:
-            future.cancel()
+    found = (sha, width, height, p, share, *corner, signed, bad, feature)
+    return (s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, *found)
 
 
 class Judged:

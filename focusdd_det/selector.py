@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -217,6 +217,19 @@ def load_selector(
         device=target,
         backbone=backbone,
     )
+
+
+def precision_of(precision: str, device: str) -> Literal["fp32", "bf16", "fp16"]:
+    """What `auto` means on this machine: fp16 on a GPU, bf16 on a processor that multiplies it in hardware, else fp32.
+
+    The precision is part of what decides the scores: a set records the one that was used, never `auto`.
+    """
+    if precision != "auto":
+        return precision  # type: ignore[return-value]
+    if torch.device(device).type == "cuda":
+        return "fp16"
+    told = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bf16" if any(ask is not None and ask() for ask in told) else "fp32"
 
 
 def token_grid(name: str, weights: str | None, view: int | str) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from focusdd_det.compose import middle_square as middle_square  # part of this module's geometry; torch is not
 from focusdd_det.types import Crop, View, round_half_up
 
 GCA_MASS = 1.0 - 0.99**9  # 0.0865: the sum of LF-ViT's unnormalised attention over its 9 blocks
@@ -105,9 +106,3 @@ def square_at(x: float, y: float, side: int, width: int, height: int) -> Crop:
     left = min(max(round_half_up(x - side / 2), 0), width - side)
     top = min(max(round_half_up(y - side / 2), 0), height - side)
     return Crop(left, top, side)
-
-
-def middle_square(width: int, height: int) -> Crop:
-    """The short-side square in the middle: what a background shows."""
-    side = min(width, height)
-    return Crop((width - side) // 2, (height - side) // 2, side)

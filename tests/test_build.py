@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_other_seeds_and_methods_give_other_sets(made: Path, bench: Path, tmp_pa
 def test_the_best_scored_sources_become_key_patches(made: Path, bench: Path) -> None:
     """Recompute S for every source with the ViT by itself and compare with the manifest."""
     from focusdd_det.decode import decode
-    from focusdd_det.scores import view_pixels
+    from focusdd_det.glance import view_pixels
     from focusdd_det.selector import load_selector
     from focusdd_det.windows import best_windows, realism
 
@@ -218,6 +219,48 @@ def test_scores_are_kept_for_the_next_build(
     assert calls == []
     assert tree(first) == tree(made)
     assert len(list(read_manifest(again))) == 3
+
+
+@pytest.mark.parametrize("loader", ["threads", "processes"])
+def test_moved_pictures_and_another_map_cost_no_pass_of_the_vit(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+) -> None:
+    """And give what a build gives that looks at all of them anew."""
+    from focusdd_det.selector import Selector
+
+    store = str(tmp_path / "scores.sqlite")
+    make(bench, tmp_path / "first", scores=store)
+    moved = tmp_path / "moved"
+    for folder in ("disc", "square", "bar_a", "bar_b"):
+        for path in (bench / "sources" / folder).iterdir():
+            (moved / f"my {folder}").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, moved / f"my {folder}" / f"x{path.name}")
+    folders = {"my disc": "disc", "my square": "square", "my bar_a": "square", "my bar_b": "bar"}
+    (tmp_path / "map.yaml").write_text(yaml.safe_dump({"names": list(NAMES), "folders": folders}))
+    changed = {"sources": [str(moved)], "class_map": str(tmp_path / "map.yaml"), "loader": loader}
+    expected = make(bench, tmp_path / "a" / "set", **changed)
+
+    def no_pass(*_: object) -> None:
+        raise AssertionError("the ViT was asked again")
+
+    monkeypatch.setattr(Selector, "__call__", no_pass)
+    assert tree(make(bench, tmp_path / "b" / "set", scores=store, **changed)) == tree(expected)
+    make(bench, tmp_path / "c", scores=store, confidence="max", **changed)
+    make(bench, tmp_path / "d", scores=store, class_map=str(bench / "map.yaml"), confidence="max", loader=loader)
+    with pytest.raises(AssertionError):  # another way of looking is another score
+        make(bench, tmp_path / "e", scores=store, geometry="crop", **changed)
+
+
+def test_a_set_records_the_precision_that_was_used(bench: Path, tmp_path: Path, made: Path) -> None:
+    from focusdd_det.selector import precision_of
+
+    assert precision_of("bf16", "cuda") == "bf16"
+    assert precision_of("auto", "cuda") == "fp16"
+    precision = precision_of("auto", "cpu")
+    assert precision in ("fp32", "bf16")
+    folder = make(bench, tmp_path / "set", precision="auto")
+    assert yaml.safe_load((folder / "build.yaml").read_text())["config"]["precision"] == precision
+    assert tree(folder) == tree(make(bench, tmp_path / "again" / "set", precision=precision))
 
 
 def test_labels_carried_from_sources(bench: Path, tmp_path: Path) -> None:

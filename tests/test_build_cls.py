@@ -82,7 +82,7 @@ def test_composites_lie_in_class_folders_that_stock_loaders_read(made: Path) -> 
 
 
 def test_p_is_that_of_the_source_s_class_whatever_the_selector_s_order(bench: Path, made: Path) -> None:
-    from focusdd_det.scores import view_pixels
+    from focusdd_det.glance import view_pixels
     from focusdd_det.selector import load_selector
 
     vit = load_selector(str(bench / "vit.json"), None)

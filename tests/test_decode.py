@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from focusdd_det.decode import BadImage, decode
+from focusdd_det.decode import BadImage, decode, upright_jpeg
 
 
 def scene(width: int = 160, height: int = 120) -> np.ndarray:
@@ -133,3 +133,47 @@ def test_the_first_frame_of_an_animation() -> None:
 def test_one_pixel() -> None:
     pixels, width, height = decode(encoded(np.full((1, 1, 3), 77, np.uint8), "PNG"), 224)
     assert (pixels.shape, width, height) == ((1, 1, 3), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "size"),
+    [
+        (encoded(scene()), (160, 120)),
+        (encoded(scene(), progressive=True), (160, 120)),
+        (encoded(scene()[..., 0]), (160, 120)),
+        (encoded(scene(), comment=b"\xff\xd8\xff\xc0 not a marker"), (160, 120)),
+        (encoded(scene(), "JPEG", "CMYK"), None),
+        (encoded(scene(), "PNG"), None),
+        (encoded(scene(), exif=PILImage.Exif()), None),
+        (encoded(scene())[:100], None),
+        (encoded(scene()).replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"), None),
+        (encoded(scene()).replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc3\x00\x11\x08"), None),
+        (b"", None),
+        (b"\xff\xd8", None),
+        (b"\xff\xd8" + b"\xff" * 500, None),
+        (b"\xff\xd8" + b"\xff\xdb\x00\x00" * 500, None),
+    ],
+)
+def test_an_ordinary_jpeg_is_told_by_its_markers(data: bytes, size: tuple[int, int] | None) -> None:
+    assert upright_jpeg(data) == size
+
+
+def test_what_could_turn_a_picture_is_left_to_pillow() -> None:
+    exif = PILImage.Exif()
+    exif[0x010F] = "a maker"
+    assert upright_jpeg(encoded(scene(), exif=exif)) is None
+    data = encoded(scene())
+    several = data[:2] + b"\xff\xe2\x00\x06MPF\0"[:10] + data[2:]
+    assert upright_jpeg(several) is None
+
+
+@pytest.mark.parametrize("least_side", [None, 30])
+def test_pillows_way_and_the_short_one_give_the_same(least_side: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [encoded(scene(), quality=q, subsampling=s) for q in (30, 95) for s in (0, 1, 2)]
+    pictures += [encoded(scene()[..., 0]), encoded(scene(), progressive=True)]
+    short = [decode(data, least_side) for data in pictures]
+    monkeypatch.setattr("focusdd_det.decode.upright_jpeg", lambda _: None)
+    for data, (pixels, width, height) in zip(pictures, short, strict=True):
+        expected = decode(data, least_side)
+        assert (width, height) == expected[1:]
+        assert np.array_equal(pixels, expected[0])

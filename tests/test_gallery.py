@@ -22,7 +22,7 @@ from focusdd_det import detset
 from focusdd_det.cli import main
 from focusdd_det.decode import decode
 from focusdd_det.gallery import NAME, write_gallery
-from focusdd_det.scores import view_pixels
+from focusdd_det.glance import view_pixels
 from focusdd_det.selector import load_selector
 from focusdd_det.types import Detections
 

@@ -176,7 +176,7 @@ def test_no_weights_and_no_download_says_how(tmp_path: Path) -> None:
 def test_deit_tiny_on_photographs(assets: Path) -> None:
     """The real checkpoint calls most of 40 Imagenette pictures by their right name."""
     from focusdd_det.decode import decode
-    from focusdd_det.scores import view_pixels
+    from focusdd_det.glance import view_pixels
 
     weights = assets / "weights" / "deit_tiny_patch16_224.in1k.safetensors"
     selector = load_selector("deit_tiny_patch16_224", str(weights), precision="bf16")

@@ -35,9 +35,17 @@ class Shuffled:
         return iter(self.entries)
 
 
-@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 7}, {"workers": 3, "teacher_batch": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 1},
+        {"workers": 7},
+        {"workers": 3, "teacher_batch": 5},
+        {"workers": 3, "loader": "processes"},
+    ],
+)
 def test_another_order_of_directories_and_number_of_workers(
-    workshop: Workshop, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+    workshop: Workshop, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """So every picture also meets others in its batch, at another place in it."""
 

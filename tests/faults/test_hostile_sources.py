@@ -18,6 +18,7 @@ import pytest
 from PIL import Image as PILImage
 
 import focusdd_det.composites
+import focusdd_det.glance
 import focusdd_det.scores
 from faults.support import FOLDERS, Workshop, tree, write_picture, write_sources
 from focusdd_det.build import load_config
@@ -162,13 +163,14 @@ def quarantine(folder: Path) -> dict[str, str]:
     return {json.loads(line)["path"]: json.loads(line)["reason"] for line in lines}
 
 
-def test_one_of_each_in_a_build(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["threads", "processes"])
+def test_one_of_each_in_a_build(workshop: Workshop, tmp_path: Path, loader: str) -> None:
     sources = shutil.copytree(workshop.sources, tmp_path / "sources")
     for path in sorted((sources / "ball").iterdir())[8:]:
         path.unlink()
     expected = spoil(sources / "ball")
     before = sorted(os.fsencode(p) for p in sources.rglob("*"))
-    folder = workshop.build(tmp_path / "set", sources=[str(sources)], max_bad=0.5)
+    folder = workshop.build(tmp_path / "set", sources=[str(sources)], max_bad=0.5, loader=loader)
     assert verify(folder) == []
     found = quarantine(folder)
     assert set(found) == {f"ball/{name}" for name in expected}
@@ -250,7 +252,7 @@ def test_permission_denied(tmp_path: Path) -> None:
     if user == 0:
         os.seteuid(65534)
     try:
-        reason = focusdd_det.scores._glance(located, 32, METHODS["focusdd"], config)
+        reason = focusdd_det.glance.glance(located, 32, METHODS["focusdd"], config)
     finally:
         os.seteuid(user)
     assert reason == "unreadable: Permission denied"
@@ -287,7 +289,7 @@ def test_a_thread_that_dies_ends_the_build_by_name(
 
     with monkeypatch.context() as patch:
         module, name = (
-            (focusdd_det.scores, "view_pixels") if where == "decode" else (focusdd_det.composites, "assemble")
+            (focusdd_det.glance, "view_pixels") if where == "decode" else (focusdd_det.composites, "assemble")
         )
         patch.setattr(module, name, die)
         message = "ball/|star/|kite/" if where == "decode" else "composite 0 of ball could not be cut"

@@ -1,0 +1,367 @@
+"""A build beside its floor: where the time goes, the scoring phase against decoding alone plus the ViT alone, and
+against the loop that one would write first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from focusdd_det.bench.options import BenchOptions
+from focusdd_det.bench.pictures import Bench, prepare
+from focusdd_det.bench.timing import compare, quantile, ratio, together
+from focusdd_det.build import _columns, _device, build
+from focusdd_det.compose import assemble, cut, encode_jpeg
+from focusdd_det.decode import BadImage, decode
+from focusdd_det.detset import write_atomic
+from focusdd_det.glance import difference_hash, glance, view_pixels
+from focusdd_det.layouts import Layout
+from focusdd_det.methods import METHODS
+from focusdd_det.plan import Plan, make_plan
+from focusdd_det.scores import ScoreStore, score_all
+from focusdd_det.select import Candidates, proposals
+from focusdd_det.selector import Selector, load_selector, precision_of
+from focusdd_det.sources import Located
+from focusdd_det.teacher import load_detector
+from focusdd_det.types import Image
+from focusdd_det.windows import best_windows, middle_square, realism, window_side
+
+FLOOR_TARGET, GPU_TARGET = 1.15, 1.25  # DESIGN section 6
+LOOP_TARGET, GPU_LOOP_TARGET = 1.7, 3.0
+METHOD = METHODS["focusdd"]
+DECODE, LOOP = "decode alone", "straightforward loop"
+
+
+def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
+    """Stages, floors, the scoring phase, the straightforward loop, a whole build, and what they choose.
+
+    Args:
+        options: sources, selector, teacher, device, workers, rounds, quick.
+        work: an empty folder; the caller deletes it.
+
+    Returns:
+        Plain values for bench.json; `table` prints them.
+    """
+    logging.getLogger("focusdd").setLevel(logging.WARNING)
+    bench = prepare(options, work, 4, 12 if options.quick else 64, **({"batch": 16} if options.quick else {}))
+    plan = make_plan(bench.config)
+    sources = list(plan.stream())[: 48 if options.quick else 512]
+    auto = precision_of("auto", _device(bench.config))
+    scenes = {p: _Scene(bench, plan, sources, p, work) for p in dict.fromkeys(("fp32", auto))}
+    slow, fast = scenes["fp32"], scenes[auto]
+    cases: dict[str, Callable[[], object]] = {DECODE: fast.decode_alone}
+    for precision, scene in scenes.items():
+        cases[f"ViT alone, {precision}"] = scene.vit_alone
+        cases[f"scoring, {precision}"] = scene.score
+    cases[LOOP] = slow.loop
+    clock = getattr(options, "seconds", time.perf_counter)
+    seconds = compare(cases, options.rounds, 1, clock=clock)
+    on_gpu = slow.selector.device.type == "cuda"
+    ratios = {}
+    for precision in scenes:
+        decoding, seeing = seconds[DECODE], seconds[f"ViT alone, {precision}"]
+        floor = list(map(max, decoding, seeing)) if on_gpu else together(decoding, seeing)
+        name = f"scoring / {'the slower of decode and ViT' if on_gpu else '(decode + ViT)'}, {precision}"
+        ratios[name] = ratio(seconds[f"scoring, {precision}"], floor)._asdict()
+        ratios[f"{LOOP} / scoring, {precision}"] = ratio(seconds[LOOP], seconds[f"scoring, {precision}"])._asdict()
+    slow.score()
+    remembered = fast.remembered()
+    return {
+        "sources": len(sources),
+        "selector": Path(bench.config.selector).name,
+        "view": fast.selector.view,
+        "batch": bench.config.batch,
+        "workers": fast.workers,
+        "on_gpu": on_gpu,
+        "precision": auto,
+        "stages_ms": fast.stages(),
+        "seconds": seconds,
+        "ratios": ratios,
+        "remembered_ms": remembered,
+        "agreement": {p: _agreement(slow.reference(), scene, plan) for p, scene in scenes.items()},
+        "whole_build_seconds": _whole(bench, auto),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "notes": list(bench.notes),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result for people, in Markdown."""
+    n = result["sources"]
+    lines = [
+        f"Build: {n} sources, {result['selector']} at {result['view']} px, batch {result['batch']}, "
+        f"{result['workers']} workers",
+        "",
+        "| stage, alone and in one thread | ms |",
+        "|---|---|",
+        *(f"| {name} | {value:.2f} |" for name, value in result["stages_ms"].items()),
+        "",
+        "| case | ms a source, median (10 % to 90 % of the rounds) | sources a second |",
+        "|---|---|---|",
+    ]
+    for name, times in result["seconds"].items():
+        middle, low, high = (quantile(times, q) / n * 1e3 for q in (0.5, 0.1, 0.9))
+        lines.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {1e3 / middle:.0f} |")
+    for name, value in result["remembered_ms"].items():
+        lines.append(f"| scoring again, {name} | {value:.3f} | {1e3 / value:.0f} |")
+    lines += ["", "| ratio, paired by round | median | 10 % to 90 % | target |", "|---|---|---|---|"]
+    for name, value in result["ratios"].items():
+        target = ""
+        if name.startswith("scoring"):
+            target = f"<= {GPU_TARGET if result['on_gpu'] else FLOOR_TARGET}"
+        elif name.endswith(result["precision"]):
+            target = f">= {GPU_LOOP_TARGET if result['on_gpu'] else LOOP_TARGET}"
+        lines.append(f"| {name} | {value['median']:.2f} | {value['low']:.2f} to {value['high']:.2f} | {target} |")
+    lines += [
+        "",
+        "| against full decoding by Pillow, fp32 | share of chosen key sources that are the same | largest difference "
+        "of p | of the attention share | same window |",
+        "|---|---|---|---|---|",
+    ]
+    for name, value in result["agreement"].items():
+        row = f"| {name} | {value['chosen']:.3f} | {value['p']:.4f} | {value['share']:.4f} | {value['window']:.3f} |"
+        lines.append(row)
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in result["whole_build_seconds"].items())
+    gpu = [f"Peak GPU memory: {result['peak_gpu_bytes'] / 1e9:.2f} GB"] if result["on_gpu"] else []
+    return "\n".join([*lines, "", f"Seconds of a whole build by phase: {phases}", *gpu, *result["notes"]])
+
+
+# ---- what is timed ----
+
+
+@dataclass
+class _Scores:
+    """What was seen of the sources, in order of their hashes."""
+
+    sha: list[bytes]
+    p: NDArray[np.float64]
+    share: NDArray[np.float64]
+    corner: list[tuple[int, int]]
+
+
+class _Scene:
+    """The sources and a ViT of one precision."""
+
+    def __init__(self, bench: Bench, plan: Plan, sources: Sequence[Located], precision: str, work: Path) -> None:
+        self.config = replace(bench.config, precision=precision)  # type: ignore[arg-type]
+        c = self.config
+        self.selector: Selector = load_selector(
+            c.selector, c.selector_weights, c.view, c.attention, precision, _device(c)
+        )
+        self.plan, self.sources, self.work = plan, sources, work
+        self.columns = _columns(c, plan, self.selector)
+        self.workers = c.workers or torch.get_num_threads()
+        self.turn = 0
+        view = self.selector.view
+        rng = np.random.default_rng(0)
+        self.pixels = torch.from_numpy(rng.integers(0, 256, (c.batch, 3, view, view)).astype(np.uint8))
+        self._reference: _Scores | None = None
+
+    def decode_alone(self) -> None:
+        """Reading and reduced-size decoding, by all workers, nothing else."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            for _ in pool.map(lambda s: _decoded(s, self.selector.view), self.sources):
+                pass
+
+    def vit_alone(self) -> None:
+        """As many full batches as the sources make."""
+        for _ in range(math.ceil(len(self.sources) / self.config.batch)):
+            self.selector(self.pixels)
+
+    def score(self) -> None:
+        """The build's own phase, from files to rows."""
+        self.turn += 1
+        self._score(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+
+    def _score(self, file: Path, sources: Sequence[Located] | None = None, contents: bool = False) -> float:
+        store = ScoreStore(file, contents=contents)
+        began = time.perf_counter()
+        try:
+            score_all(
+                self.sources if sources is None else sources,
+                store, self.selector, METHOD, self.columns, self.config, self.workers, lambda _: None,
+            )  # fmt: skip
+        finally:
+            store.close()
+        return time.perf_counter() - began
+
+    def remembered(self) -> dict[str, float]:
+        """ms a source of a second build: of the same files, and of the same pictures under other names."""
+        file = self.work / "remembered.sqlite"
+        self._score(file, contents=True)
+        moved = [replace(s, source=replace(s.source, root="elsewhere")) for s in self.sources]
+        times = {"the same files": self._score(file, contents=True), "moved": self._score(file, moved, contents=True)}
+        return {name: seconds / len(self.sources) * 1e3 for name, seconds in times.items()}
+
+    def loop(self) -> None:
+        """One process, Pillow decodes every pixel, plain batches."""
+        for _ in self._plainly():
+            pass
+
+    def _plainly(self) -> Iterator[tuple[list[Located], torch.Tensor, torch.Tensor]]:
+        batch: list[Located] = []
+        views: list[Image] = []
+        for located in self.sources:
+            picture = _pillow(located)
+            if picture is None:
+                continue
+            batch.append(located)
+            views.append(view_pixels(picture, self.selector.view, self.config.geometry))
+            if len(batch) == self.config.batch:
+                yield batch, *self.selector(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous())
+                batch, views = [], []
+        if batch:
+            yield batch, *self.selector(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous())
+
+    def reference(self) -> _Scores:
+        """What the straightforward loop says of each source."""
+        if self._reference is None:
+            found = {}
+            for batch, probabilities, attention in self._plainly():
+                shares, corners = best_windows(attention, window_side(self.selector.grid, self.config.side_ratio))
+                for i, located in enumerate(batch):
+                    own = list(self.columns[located.source.group])
+                    p = probabilities[i, own].sum() if own else probabilities[i].max()
+                    sha = hashlib.sha256(located.read()).digest()
+                    row, column = corners[i].tolist()
+                    found[sha] = (min(1.0, float(p)), float(shares[i]), (row, column))
+            self._reference = _as_scores(found)
+        return self._reference
+
+    def scores(self) -> _Scores:
+        """What the build's last scoring says."""
+        store = ScoreStore(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+        rows = store.db.execute("SELECT sha, p, share, win_row, win_col FROM source WHERE length(sha) = 32")
+        found = {sha: (p, share, (row, column)) for sha, p, share, row, column in rows}
+        store.close()
+        return _as_scores(found)
+
+    def candidates(self) -> dict[str, Candidates]:
+        """The candidates of the build's last scoring by class."""
+        store = ScoreStore(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+        store.run -= 1  # those of the run that filled it
+        found = {group.name: store.candidates(group.name, self.config.alpha)[0] for group in self.plan.groups}
+        store.close()
+        return found
+
+    def stages(self) -> dict[str, float]:
+        """Milliseconds of each step in one thread, of a source, or of a composite where it says so."""
+        c, view = self.config, self.selector.view
+        sample = self.sources[: min(len(self.sources), 64)]
+        timer = _Timer()
+        data = [timer("read", located.read) for located in sample]
+        for bytes_ in data:
+            try:
+                picture = timer("decode for the view", decode, bytes_, view)[0]
+            except BadImage:
+                continue
+            small = timer("resize", view_pixels, picture, view, c.geometry)
+            timer("perceptual hash", difference_hash, small)
+        for located in sample:
+            timer("all of it: read, sha256, decode, resize, hash", glance, located, view, METHOD, c)
+        self.selector(self.pixels)
+        for _ in range(2):
+            timer("ViT", self.selector, self.pixels, parts=len(self.pixels))
+        for group, found in self.candidates().items():
+            timer("selection", self._choose, group, found, c.ipc, parts=max(1, len(found)))
+        side = c.image_size // c.grid
+        tiles = []
+        for bytes_ in data[:32]:
+            picture = timer("full decode of a chosen one", decode, bytes_)[0]
+            tiles.append(timer("cut", cut, picture, middle_square(picture.shape[1], picture.shape[0]), side, side))
+        detector = load_detector(c.teacher, _device(c), self.plan.class_map.names, False)
+        for i in range(0, len(tiles) - 3, 4):
+            picture = timer("compose, a composite", assemble, tiles[i : i + 4], 2)
+            jpeg = timer("encode, a composite", encode_jpeg, picture, c.jpeg_quality)
+            timer("teacher, a composite", detector.detect, [picture], c.conf, c.iou, c.max_det, 1)
+            timer("write, a composite", write_atomic, self.work / "written.jpg", jpeg)
+        return timer.means()
+
+    def _choose(self, group: str, found: Candidates, ipc: int) -> list[Any]:
+        order, backgrounds = METHOD.order(found, self.config, group), METHOD.backgrounds(found, self.config, group)
+        stream = proposals(order, backgrounds, found.phash, lambda _: Layout(2, 3), self.config.near_duplicate)
+        return [proposal for proposal, _ in zip(stream, range(ipc), strict=False)]
+
+
+class _Timer:
+    """Collects times by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def __call__(self, name: str, work: Callable[..., Any], *arguments: Any, parts: int = 1) -> Any:
+        began = time.perf_counter()
+        result = work(*arguments)
+        self.seconds.setdefault(name, []).append((time.perf_counter() - began) / parts)
+        return result
+
+    def means(self) -> dict[str, float]:
+        """Milliseconds; the median, because whatever else the machine does only adds."""
+        return {name: quantile(times, 0.5) * 1e3 for name, times in self.seconds.items()}
+
+
+def _decoded(located: Located, view: int) -> None:
+    with contextlib.suppress(BadImage):
+        decode(located.read(), view)
+
+
+def _pillow(located: Located) -> Image | None:
+    try:
+        with PILImage.open(io.BytesIO(located.read())) as picture:
+            return np.asarray(picture.convert("RGB"), np.uint8)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+# ---- what is chosen ----
+
+
+def _as_scores(found: Mapping[bytes, tuple[float, float, tuple[int, int]]]) -> _Scores:
+    sha = sorted(found)
+    p, share = (np.array([found[s][i] for s in sha], np.float64) for i in (0, 1))
+    return _Scores(sha, p, share, [found[s][2] for s in sha])
+
+
+def _agreement(reference: _Scores, scene: _Scene, plan: Plan) -> dict[str, float]:
+    """How far a scoring is from the straightforward loop, and whether it chooses the same key sources."""
+    mine = scene.scores()
+    place = {sha: i for i, sha in enumerate(reference.sha)}
+    both = [(i, place[sha]) for i, sha in enumerate(mine.sha) if sha in place]
+    a, b = (np.array(column, int) for column in zip(*both, strict=True))
+    same = total = 0
+    for group, found in scene.candidates().items():
+        there = [place.get(row.tobytes()) for row in found.sha]
+        known = np.array([i is not None for i in there], bool)
+        at = np.array([i or 0 for i in there], int)
+        p = np.where(known, np.round(reference.p[at], 4), found.p)
+        share = np.where(known, reference.share[at], 0)
+        score = np.where(known, realism(p, share, scene.config.alpha), found.score)
+        other = replace(found, p=p, score=score)
+        mine_first = {k for proposal in scene._choose(group, found, scene.config.ipc) for k in proposal.keys}
+        theirs_first = {k for proposal in scene._choose(group, other, scene.config.ipc) for k in proposal.keys}
+        same += len(mine_first & theirs_first)
+        total += len(theirs_first)
+    return {
+        "chosen": same / max(1, total),
+        "p": float(np.abs(mine.p[a] - reference.p[b]).max()),
+        "share": float(np.abs(mine.share[a] - reference.share[b]).max()),
+        "window": float(np.mean([mine.corner[i] == reference.corner[j] for i, j in both])),
+    }
+
+
+def _whole(bench: Bench, precision: str) -> dict[str, float]:
+    """Seconds of a whole build by phase."""
+    return build(replace(bench.config, precision=precision)).seconds  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""Pictures, models and build options that a benchmark has without a network: drawn, or the user's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+
+from focusdd_det.bench.options import BenchOptions
+from focusdd_det.build import load_config
+from focusdd_det.config import BuildConfig
+from focusdd_det.sources import Root, folder_names
+
+SIZE = (500, 375)  # width and height of the usual ImageNet picture, px
+COMPOSITE, MOST_CLASSES = 640, 40
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is built in a benchmark, and from what.
+
+    Attributes:
+        config: a detection build, `out` inside the benchmark's folder.
+        notes: what a reader of the numbers must know.
+    """
+
+    config: BuildConfig
+    notes: tuple[str, ...]
+
+
+def draw_sources(top: Path, classes: int, each: int, size: tuple[int, int] = SIZE, kinds: int = 24) -> Path:
+    """Class folders c00, c01 ... with pictures of blurred noise, as many bytes as photographs (90 KB at 500 x 375).
+
+    `kinds` pictures are drawn; the files differ in a comment, so that each has a content of its own.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [_scene(rng, *size) for _ in range(min(kinds, classes * each))]
+    for c in range(classes):
+        folder = top / f"c{c:02d}"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            number = c * each + i
+            comment = b"\xff\xfe\x00\x0a%08d" % number
+            data = drawn[number % len(drawn)]
+            (folder / f"{i:06d}.jpg").write_bytes(data[:2] + comment + data[2:])
+    return top
+
+
+def _scene(rng: np.random.Generator, width: int, height: int) -> bytes:
+    picture = np.zeros((height, width, 3), np.float32)
+    for cells, strength in ((4, 90.0), (16, 50.0), (64, 30.0), (200, 14.0)):
+        noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+        picture += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    pixels = np.clip(picture + 120, 0, 255).astype(np.uint8)
+    return bytes(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+
+
+def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: Any) -> Bench:
+    """Sources, map and models for a build.
+
+    Args:
+        options: sources, selector, its weights, teacher, workers, device; what is not given is made.
+        work: an empty folder.
+        classes, each: what is drawn where no sources are given.
+        more: keys of cfg/build_det.yaml that win.
+    """
+    notes = []
+    if options.sources:
+        top = Path(options.sources)
+    else:
+        top = draw_sources(work / "sources", classes, each)
+        notes.append(f"sources: {classes} x {each} drawn JPEGs of {SIZE[0]} x {SIZE[1]} px")
+    selector, weights, told = _selector(options, work)
+    teacher, names, told_too = _teacher(options, work)
+    notes += [*told, *told_too]
+    folders = sorted(folder_names(Root("bench", top, {})))[: min(len(names), MOST_CLASSES)]
+    content = {"names": names[: len(folders)], "folders": dict(zip(folders, names, strict=False))}
+    (work / "map.yaml").write_text(yaml.safe_dump(content))
+    keys: dict[str, Any] = {
+        "sources": [f"{top}::{work / 'map.yaml'}"],
+        "class_map": str(work / "map.yaml"),
+        "selector": selector,
+        "selector_weights": weights,
+        "teacher": str(teacher),
+        "out": str(work / "set"),
+        "image_size": 256 if options.quick else COMPOSITE,
+        "ipc": 2 if options.quick else 10,
+        "empty": "keep",
+        "near_duplicate": 0,
+        "max_bad": 1.0,
+        "device": options.device if options.device == "cpu" or ":" in options.device else f"cuda:{options.device}",
+        "workers": options.workers,
+        **more,
+    }
+    return Bench(load_config(**keys), tuple(notes))
+
+
+def _selector(options: BenchOptions, work: Path) -> tuple[str, str | None, list[str]]:
+    """The ViT that was given; without its weights one of the same shape with random ones: as slow, not as wise."""
+    name, weights = options.selector, options.selector_weights
+    if weights or (name.endswith(".json") and json.loads(Path(name).read_text()).get("weights")):
+        return name, weights, []
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = timm.create_model(name.split(".")[0], pretrained=False)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    file = work / "selector.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+    return name.split(".")[0], str(file), ["selector: random weights; its speed counts, not what it chooses"]
+
+
+def _teacher(options: BenchOptions, work: Path) -> tuple[Path, list[str], list[str]]:
+    """The detector's file and its class names; of an architecture (.yaml) one with random weights."""
+    import torch
+
+    from focusdd_det.teacher import resolve_weights, safe_checkpoint
+
+    given = options.teacher or "yolo11n.yaml"
+    if not given.endswith(".yaml"):
+        file = resolve_weights(given)
+        return file, list(safe_checkpoint(file).names.values()), []
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(0)
+    model = DetectionModel(given, verbose=False)
+    names = {i: f"class {i}" for i in range(int(model.model[-1].nc))}
+    model.names = names
+    file = work / "teacher.pt"
+    torch.save({"model": model.half(), "train_args": {}, "epoch": -1}, file)
+    return file, list(names.values()), [f"teacher: {Path(given).name} with random weights"]

@@ -1,0 +1,83 @@
+"""The build's benchmark: it measures what it says, on its own pictures, without a network. No time is asserted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from focusdd_det.bench import build as bench_build
+from focusdd_det.bench import scaling
+from focusdd_det.bench.options import DEMO, BenchOptions
+from focusdd_det.bench.pictures import draw_sources, prepare
+from focusdd_det.decode import decode, upright_jpeg
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> BenchOptions:
+    return BenchOptions(
+        quick=True, rounds=1, device="cpu", workers=2, out=tmp_path / "out", sources=None,
+        selector=str(DEMO / "vit_demo.json"), selector_weights=str(DEMO / "vit_demo.safetensors"),
+        teacher=str(DEMO / "yolo_demo.pt"), model="", imgsz=64, batch=2, precision=("fp32",),
+    )  # fmt: skip
+
+
+def test_drawn_sources_are_different_files_of_the_usual_size(tmp_path: Path) -> None:
+    files = sorted(draw_sources(tmp_path / "s", 2, 5, kinds=3).rglob("*.jpg"))
+    data = [file.read_bytes() for file in files]
+    assert len({hashlib.sha256(d).digest() for d in data}) == 10
+    assert {upright_jpeg(d) for d in data} == {(500, 375)}
+    assert all(40_000 < len(d) < 200_000 for d in data)
+    assert decode(data[0], 112)[0].shape == (188, 250, 3)
+
+
+def test_a_build_is_measured_beside_its_floor(options: BenchOptions, tmp_path: Path) -> None:
+    result = bench_build.measure(options, tmp_path)
+    assert json.loads(json.dumps(result)) == result
+    assert {"decode alone", "ViT alone, fp32", "scoring, fp32", "straightforward loop"} <= set(result["seconds"])
+    assert {"read", "decode for the view", "resize", "ViT", "selection", "cut", "compose, a composite",
+            "teacher, a composite", "write, a composite"} <= set(result["stages_ms"])  # fmt: skip
+    assert "scoring / (decode + ViT), fp32" in result["ratios"]
+    agreement = result["agreement"]["fp32"]
+    assert 0.5 < agreement["chosen"] <= 1
+    assert 0 < agreement["p"] < 0.5  # decoding at reduced size is not the same as decoding in full
+    text = bench_build.table(result)
+    assert "<= 1.15" in text
+    assert ">= 1.7" in text
+
+
+def test_without_weights_the_models_are_random_and_it_says_so(options: BenchOptions, tmp_path: Path) -> None:
+    bare = replace(options, selector="vit_tiny_patch16_224", selector_weights=None, teacher="yolo11n.yaml")
+    bench = prepare(bare, tmp_path, 2, 3)
+    assert "random weights" in "".join(bench.notes)
+    assert Path(bench.config.teacher).is_file()
+    assert Path(str(bench.config.selector_weights)).is_file()
+
+
+def test_slopes() -> None:
+    assert scaling.slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert scaling.slope([10, 100], [5, 500]) == pytest.approx(2)
+    assert scaling.slope([1, 10, 100], [7, 7, 7]) == pytest.approx(0)
+    with pytest.raises(ValueError, match="above 0"):
+        scaling.slope([1, 2], [0, 1])
+
+
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
+    values = {"x": [1, 2], "seconds": [1.0, 2.0], "what": "w", "expected": "1"}
+    names = ("sources", "classes", "ipc", "workers")
+    result = {"series": dict.fromkeys(names, values), "slopes": dict.fromkeys(names, 1.0), "memory": []}
+    scaling.plot(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "| sources | w | 1: 1.00, 2: 2.00 | 1.00 | 1 |" in scaling.table(result)
+
+
+@pytest.mark.slow
+def test_how_a_build_grows(options: BenchOptions, tmp_path: Path) -> None:
+    result = scaling.measure(options, tmp_path)
+    assert set(result["slopes"]) == {"sources", "classes", "ipc", "workers"}
+    assert [row["sources"] for row in result["memory"]] == [200, 2000]
+    assert all(row["peak"] > row["beyond"] for row in result["memory"])
+    assert (options.out / "scaling.png").is_file()
