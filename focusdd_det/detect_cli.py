@@ -15,11 +15,12 @@ from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import coco_eval
 from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.precision import check_precision
 from focusdd_det.supervision import Options
 from focusdd_det.targets import TargetStore
-from focusdd_det.teacher import file_sha256, resolve_weights
+from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
 SHIPPED = "train_det.yaml"
