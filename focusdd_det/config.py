@@ -194,6 +194,11 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a help is asked for."""
+    return any(token in ("-h", "--help", "help") for token in argv)
+
+
 def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """Command-line tokens -> overrides.
 

@@ -14,7 +14,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import coco_eval
-from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.precision import check_precision
@@ -355,8 +355,3 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def listed(values: Mapping[str, Any]) -> str:
     """`key=value key=value`."""
     return " ".join(f"{key}={value}" for key, value in values.items()) or "nothing else"
-
-
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a help is asked for."""
-    return any(word in ("-h", "--help", "help") for word in argv)
