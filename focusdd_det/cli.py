@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from focusdd_det import __version__
-from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, load, parse_tokens
+from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, load, parse_tokens, wants_help
 from focusdd_det.errors import ConfigError, DiskError, FocusDDError, VerifyError
 
 log = logging.getLogger("focusdd")
@@ -120,7 +120,7 @@ def build_cls_command(argv: Sequence[str]) -> int:
 
 
 def _build(argv: Sequence[str], kind: type[SetConfig], shipped: str, usage: str) -> int:
-    if _wants_help(argv):
+    if wants_help(argv):
         print(usage + "\n" + describe(shipped))
         return 0
     hints = get_type_hints(kind)
@@ -148,11 +148,11 @@ def _build(argv: Sequence[str], kind: type[SetConfig], shipped: str, usage: str)
 
 def verify_command(argv: Sequence[str]) -> int:
     """`focusdd verify <set>`."""
-    if _wants_help(argv) or len(argv) != 1:
+    if wants_help(argv) or len(argv) != 1:
         print(
             "focusdd verify SET: check every file of a distilled set against its manifest; exit code 6 if one differs"
         )
-        if not _wants_help(argv):
+        if not wants_help(argv):
             raise ConfigError(f"verify takes one folder, got {len(argv)}")
         return 0
     from focusdd_det.detset import read_manifest, verify
@@ -168,7 +168,7 @@ def verify_command(argv: Sequence[str]) -> int:
 def sheet_command(argv: Sequence[str]) -> int:
     """`focusdd sheet <set>`."""
     hints = {"out": str, "count": int, "columns": int}
-    if _wants_help(argv) or not argv:
+    if wants_help(argv) or not argv:
         print(
             "focusdd sheet SET [out=sheet.jpg | out=sheet.png] [count=36] [columns=6]: a contact sheet of composites "
             "with their boxes"
@@ -228,7 +228,7 @@ def classify_command(argv: Sequence[str]) -> int | None:
 
 def _mode(command: str, modes: dict[str, Command], argv: Sequence[str]) -> int | None:
     """The second word of a command that has several."""
-    if argv and argv[0] in ("-h", "--help", "help"):
+    if wants_help(argv[:1]):
         print(f"focusdd {command} {' | '.join(modes)} ...\n`focusdd {command} <one of them> --help` has examples")
         return 0
     if not argv or argv[0] not in modes:
@@ -256,7 +256,7 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
 def main(argv: Sequence[str] | None = None) -> int:
     """The `focusdd` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or wants_help(argv[:1]):
         print(USAGE)
         return 0 if argv else 2
     if argv[0] in ("--version", "version"):
@@ -280,10 +280,6 @@ def dispatch(argv: Sequence[str]) -> int | None:
         module, _, function = command.partition(":")
         command = getattr(importlib.import_module(module), function)
     return command(argv[1:])
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(token in ("-h", "--help", "help") for token in argv)
 
 
 def _flag(overrides: dict[str, Any], key: str) -> bool:

@@ -26,10 +26,10 @@ from ultralytics.data.build import build_dataloader
 from ultralytics.data.utils import IMG_FORMATS, exif_size
 from ultralytics.utils import DEFAULT_CFG, TQDM, nms, ops
 
-from focusdd_det.detset import write_atomic
+from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.replay import CleanDataset, refuse_cut_jpegs
-from focusdd_det.teacher import STRIDE, file_sha256, safe_checkpoint
+from focusdd_det.teacher import STRIDE, safe_checkpoint
 
 EVALUATOR = "pycocotools"
 # name -> (precision or recall, IoU or None for 0.50:0.95, area, detections per picture): COCO's twelve numbers.

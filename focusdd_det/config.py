@@ -21,6 +21,7 @@ import yaml
 from focusdd_det.errors import ConfigError
 
 T = TypeVar("T")
+K = TypeVar("K", bound="KeyedOptions")
 
 
 def cfg_dir() -> Path:
@@ -195,6 +196,11 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a help is asked for."""
+    return any(token in ("-h", "--help", "help") for token in argv)
+
+
 def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
     """Command-line tokens -> overrides.
 
@@ -294,6 +300,22 @@ def as_plain(config: Any) -> dict[str, Any]:
         return value
 
     return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+@dataclass(frozen=True)
+class KeyedOptions:
+    """What a training adds to Ultralytics' own keys: the fields of a subclass."""
+
+    @classmethod
+    def keys(cls) -> tuple[str, ...]:
+        """Names of the options, in order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def of(cls: type[K], values: Mapping[str, Any]) -> K:
+        """From keys and values; paths may be Path objects, a missing key takes its default."""
+        known = cls.keys()
+        return cls(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known})
 
 
 def _scalar(text: str) -> Any:

@@ -14,12 +14,13 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import coco_eval
-from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.precision import check_precision
 from focusdd_det.supervision import Options
 from focusdd_det.targets import TargetStore
-from focusdd_det.teacher import file_sha256, resolve_weights
+from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
 SHIPPED = "train_det.yaml"
@@ -354,8 +355,3 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def listed(values: Mapping[str, Any]) -> str:
     """`key=value key=value`."""
     return " ".join(f"{key}={value}" for key, value in values.items()) or "nothing else"
-
-
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a help is asked for."""
-    return any(word in ("-h", "--help", "help") for word in argv)

@@ -151,6 +151,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex digest of a file of any size."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_folder_name(name: str) -> bool:
     """Whether a class can have a folder of its own name: one step down, and visible."""
     return not name.startswith(".") and not set(name) & set("/\\\0") and bool(name.strip())

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import torch
 
 from focusdd_det import detset
-from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest
+from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.explain import Explained, explain, outputs_of, readable
@@ -84,7 +84,7 @@ class _Job:
 
 def explain_command(argv: Sequence[str]) -> int:
     """`focusdd explain PICTURE ...`."""
-    if not argv or any(token in ("-h", "--help", "help") for token in argv):
+    if not argv or wants_help(argv):
         lines = describe("build_det.yaml").splitlines()
         print(USAGE + "\n" + "\n".join(line for line in lines if line.split(":")[0] in KEYS))
         return 0 if argv else 2

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from focusdd_det.compose import encode_jpeg, resize
-from focusdd_det.config import parse_tokens, parse_yaml, suggest
+from focusdd_det.config import parse_tokens, parse_yaml, suggest, wants_help
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import (
     Cell,
@@ -69,7 +69,7 @@ _TAKE = "take()"
 
 def gallery_command(argv: Sequence[str]) -> int:
     """`focusdd gallery <set>`."""
-    if not argv or any(token in ("-h", "--help", "help") for token in argv):
+    if not argv or wants_help(argv):
         print(USAGE)
         return 0 if argv else 2
     hints: dict[str, Any] = {

@@ -20,7 +20,7 @@ import yaml
 
 from focusdd_det import detset
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
-from focusdd_det.config import describe, load, parse_tokens, read_yaml
+from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.map_suggestions import Change, Tally, changes, report, suggested_folders, suggested_levels, titles
 from focusdd_det.progress import progress_bar
@@ -128,7 +128,7 @@ def map_command(argv: Sequence[str]) -> int:
     """
     if argv and argv[0] == "audit":
         return audit_command(argv[1:])
-    if argv and argv[0] in ("-h", "--help", "help"):
+    if wants_help(argv[:1]):
         print("focusdd map audit ...\n`focusdd map audit --help` has examples")
         return 0
     raise ConfigError(f"focusdd map: expected audit, got {argv[0] if argv else 'nothing'}; `focusdd map audit --help`")
@@ -138,7 +138,7 @@ def audit_command(argv: Sequence[str]) -> int:
     """`focusdd map audit`: options, work, files."""
     from typing import get_type_hints
 
-    if not argv or any(token in ("-h", "--help", "help") for token in argv):
+    if not argv or wants_help(argv):
         print(USAGE + "\n" + describe("map_audit.yaml"))
         return 0 if argv else 2
     hints = get_type_hints(AuditConfig)

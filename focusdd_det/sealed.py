@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
 from focusdd_det import detset
-from focusdd_det.detset import sha256, write_atomic
+from focusdd_det.detset import file_sha256, sha256, write_atomic
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
-from focusdd_det.teacher import file_sha256
 
 DESCRIPTION, SEAL, LOG = "store.json", "COMPLETE", "store.log.json"
 _DONE = "done.json"  # the hashes of the files of an unfinished folder

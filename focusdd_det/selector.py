@@ -22,6 +22,7 @@ from focusdd_det.backbones import (
 )
 from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
@@ -200,7 +201,7 @@ def load_selector(
         raise WeightsError(f"selector={name}: {'; '.join(problems)}. See Backbone in focusdd_det/backbones")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     target = torch.device(device)
-    digest = sha256_file(Path(weights)) if weights else _state_digest(model)
+    digest = file_sha256(Path(weights)) if weights else _state_digest(model)
     mean, std = tuple(spec.get("mean") or backbone.mean), tuple(spec.get("std") or backbone.std)
     spec_content = json.dumps([*backbone.identity(name, view), classes, mean, std], default=str)
     return Selector(
@@ -301,15 +302,6 @@ def unsafe_kwargs(kwargs: Any) -> list[str]:
         ):
             problems.append(f"kwargs: `{str(key)[:40]}` must be a number, a plain name, or a list of such")
     return problems
-
-
-def sha256_file(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _backbone(spec: dict[str, Any], pretrained: bool = False) -> Backbone:

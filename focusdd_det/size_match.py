@@ -124,9 +124,9 @@ def reference_sizes(annotations: Path) -> Sizes:
 
 def grids_command(argv: Sequence[str]) -> int:
     """`focusdd grids SET reference=annotations.json`."""
-    from focusdd_det.config import parse_tokens, suggest
+    from focusdd_det.config import parse_tokens, suggest, wants_help
 
-    if any(token in ("-h", "--help", "help") for token in argv):
+    if wants_help(argv):
         print(USAGE)
         return 0
     known = {"reference": str}

@@ -28,7 +28,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import detset, sealed
-from focusdd_det.config import as_plain, describe, load, parse_tokens
+from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
 from focusdd_det.detect_cli import check_stock
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
@@ -145,7 +145,7 @@ def load_config(file: Path | None = None, **overrides: Any) -> TargetsConfig:
 
 def store_command(argv: Sequence[str]) -> int:
     """`focusdd detect targets`, tools/store_targets.py."""
-    if any(token in ("-h", "--help", "help") for token in argv):
+    if wants_help(argv):
         print(USAGE + "\n" + describe("store_targets.yaml"))
         return 0
     hints = {**get_type_hints(TargetsConfig), "dry_run": bool, "config": str}

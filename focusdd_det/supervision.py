@@ -6,12 +6,9 @@ the model stays a stock DetectionModel, and its checkpoints stay stock checkpoin
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +17,7 @@ from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import make_anchors
 
 from focusdd_det.aside import Begun
-from focusdd_det.config import suggest
+from focusdd_det.config import KeyedOptions, suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.losses import ONE2MANY, ONE2ONE, Supervision, paired_head, supervision_terms
 from focusdd_det.sparse_heads import SparseHeads, sparse_supervision_terms
@@ -32,7 +29,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(KeyedOptions):
     """The keys that this package adds to Ultralytics' own; cfg/train_det.yaml says what each means.
 
     Raises:
@@ -92,18 +89,6 @@ class Options:
     def uses_targets(self) -> bool:
         """Whether what a teacher said beforehand is read."""
         return self.supervision != "labels" and self.targets is not None
-
-    @staticmethod
-    def keys() -> tuple[str, ...]:
-        """Names of the options, in order."""
-        return tuple(field.name for field in dataclasses.fields(Options))
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> Options:
-        """From keys and values; paths may be Path objects, a missing key takes its default."""
-        known = Options.keys()
-        plain: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known}
-        return Options(**plain)
 
 
 class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]

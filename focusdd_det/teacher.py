@@ -7,7 +7,6 @@ gives the raw head outputs that a student is supervised with.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pickle
 import shutil
@@ -29,6 +28,7 @@ from ultralytics.utils import SETTINGS
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES, attempt_download_asset
 from ultralytics.utils.tal import make_anchors
 
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.losses import ONE2MANY, ONE2ONE, decode_boxes
 from focusdd_det.types import Detections, Image
@@ -94,15 +94,6 @@ def resolve_weights(path: str | os.PathLike[str], download: bool = False) -> Pat
     if not fetched.is_file():
         raise WeightsError(f"downloading {file.name} gave no file; get the file yourself and pass its path")
     return fetched
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_container(file: Path) -> None:

@@ -23,7 +23,6 @@ from focusdd_det import detset
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.replay import CleanDataset
-from focusdd_det.teacher import file_sha256
 
 SPLITS = ("train", "val", "test")
 MANY = 1000  # composites from which checking them is announced, because it takes seconds
@@ -93,7 +92,7 @@ def _resolve_set(file: Path) -> TrainData:
     if RANK in {-1, 0}:
         _verify(folder, len(items))
     covered = tuple(dict.fromkeys(item.class_name for item in items))
-    return TrainData(file, folder, len(items), file_sha256(folder / "manifest.jsonl"), covered)
+    return TrainData(file, folder, len(items), detset.file_sha256(folder / "manifest.jsonl"), covered)
 
 
 def _verify(folder: Path, count: int) -> None:

@@ -287,7 +287,7 @@ def test_a_stored_crop_outside_its_picture_names_store_and_picture(made: Path, t
 
 
 def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter, hashed = tmp_path / "hashed", logit_store.sha256_file
+    counter, hashed = tmp_path / "hashed", logit_store.file_sha256
 
     def counted(path: Path) -> str:
         with counter.open("a") as file:
@@ -295,7 +295,7 @@ def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monke
         time.sleep(0.3)  # so that the other one comes meanwhile
         return hashed(path)
 
-    monkeypatch.setattr(logit_store, "sha256_file", counted)
+    monkeypatch.setattr(logit_store, "file_sha256", counted)
     store = LogitStore(made / "whole")
     data = ViewDataset(read_class_set(made / "set", "train"), store.settings, store=store)
     places: Any = [(epoch, index) for epoch in range(POOL) for index in range(4)]

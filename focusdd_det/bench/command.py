@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from focusdd_det.bench.options import PARTS, Request
-from focusdd_det.config import describe, load, parse_tokens
+from focusdd_det.config import describe, load, parse_tokens, wants_help
 from focusdd_det.demo.quiet import keep_quiet
 from focusdd_det.detset import write_atomic
 
@@ -38,7 +38,7 @@ def bench_command(argv: Sequence[str]) -> int:
         ConfigError: unknown keys (with suggestions) or wrong values.
         FocusDDError: as the parts.
     """
-    if any(word in ("-h", "--help", "help") for word in argv):
+    if wants_help(argv):
         print(USAGE + "\n" + describe(SHIPPED))
         return 0
     hints = get_type_hints(Request)

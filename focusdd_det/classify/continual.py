@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from focusdd_det.config import wants_help
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DiskError, Interrupted, VerifyError
 from focusdd_det.seeds import seed_of
@@ -117,7 +118,7 @@ def continual_command(argv: Sequence[str]) -> int:
     """tools/continual_cls.py, `focusdd classify continual`."""
     from focusdd_det.classify.train_cli import checked_overrides
 
-    if any(token in ("-h", "--help", "help") for token in argv):
+    if wants_help(argv):
         print(USAGE)
         return 0
     extra = {"steps": 5, "order_seed": 0, "out": "runs/continual", "dry_run": False}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from focusdd_det.config import parse_tokens, suggest
+from focusdd_det.config import parse_tokens, suggest, wants_help
 from focusdd_det.detset import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.progress import progress_bar
@@ -89,7 +89,7 @@ def export(dataset: str, root: Path, out: Path, split: str = "train", download: 
 def export_command(argv: Sequence[str]) -> int:
     """`focusdd classify export`, tools/export_cls.py."""
     hints = {"dataset": str, "root": str, "split": str, "out": str, "download": bool}
-    if any(token in ("-h", "--help", "help") for token in argv):
+    if wants_help(argv):
         print(USAGE)
         return 0
     given = parse_tokens(argv, hints, {})

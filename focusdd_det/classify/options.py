@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from focusdd_det.config import suggest
+from focusdd_det.config import KeyedOptions, suggest
 from focusdd_det.errors import ConfigError
 
 Labels = Literal["store", "live", "hard"]
@@ -20,7 +17,7 @@ _TEXTS = ("teacher", "teacher_weights", "store", "weights")
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(KeyedOptions):
     """How a classifier is supervised, measured and started.
 
     `labels` is never None afterwards: without a choice it is store if `store` is given, else live if `teacher` is.
@@ -106,18 +103,6 @@ class Options:
         if self.subset_ipc and self.pool:
             problems.append("subset_ipc= and pool= contradict each other; leave one out")
         return problems
-
-    @staticmethod
-    def keys() -> tuple[str, ...]:
-        """Names of the options, in order."""
-        return tuple(field.name for field in dataclasses.fields(Options))
-
-    @staticmethod
-    def of(values: Mapping[str, Any]) -> Options:
-        """From keys and values; paths may be Path objects, a missing key takes its default."""
-        known = Options.keys()
-        plain: dict[str, Any] = {k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known}
-        return Options(**plain)
 
     def interval(self, epochs: int) -> int:
         """Epochs between two measurements and checkpoints."""

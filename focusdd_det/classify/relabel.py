@@ -34,7 +34,7 @@ from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.store import LogitStore, StoreWriter
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, ahead
-from focusdd_det.config import as_plain, describe, load, parse_tokens
+from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
 from focusdd_det.errors import ConfigError, DiskError, VerifyError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.types import Image
@@ -123,7 +123,7 @@ def load_config(file: Path | None = None, **overrides: Any) -> RelabelConfig:
 
 def relabel_command(argv: Sequence[str]) -> int:
     """`focusdd classify relabel`, tools/relabel_cls.py."""
-    if any(token in ("-h", "--help", "help") for token in argv):
+    if wants_help(argv):
         print(USAGE + "\n" + describe("relabel_cls.yaml"))
         return 0
     hints = {**get_type_hints(RelabelConfig), "dry_run": bool, "config": str}

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.classify.views import FIELDS, Row, ViewSettings
-from focusdd_det.detset import sha256, write_atomic
+from focusdd_det.detset import file_sha256, sha256, write_atomic
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
-from focusdd_det.selector import sha256_file
 
 FORMAT = "focusdd_det logits 1"
 LOG = "relabel.log.json"
@@ -233,7 +232,7 @@ class LogitStore:
         if self._checked[epoch]:  # by another process meanwhile
             return
         try:
-            digest = sha256_file(path)
+            digest = file_sha256(path)
         except OSError as error:
             raise VerifyError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
         if digest != self._hashes[path.name]:
@@ -365,7 +364,7 @@ class StoreWriter:
         recorded = {**_hashes(folder / "COMPLETE"), **_hashes(folder / _DONE)}  # COMPLETE: all but published
         for name in map(epoch_name, range(pool)):
             with contextlib.suppress(OSError):
-                if name in recorded and sha256_file(folder / name) == recorded[name]:
+                if name in recorded and file_sha256(folder / name) == recorded[name]:
                     self.done[name] = recorded[name]
 
     def missing(self) -> list[int]:

@@ -26,9 +26,10 @@ from focusdd_det.classify.nets import (
 )
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import read_yaml
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import FocusDDError, WeightsError
 from focusdd_det.selector import read_state
-from focusdd_det.teacher import file_sha256, resolve_weights, safe_read, safe_ultralytics
+from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,8 +10,8 @@ from typing import Any
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from focusdd_det.classify.options import Options
-from focusdd_det.config import cfg_dir, describe, read_yaml
-from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown, wants_help
+from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
+from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown
 from focusdd_det.errors import Interrupted
 
 SHIPPED = "train_cls.yaml"

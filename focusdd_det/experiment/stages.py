@@ -28,6 +28,7 @@ from focusdd_det import detset
 from focusdd_det.build import MACHINE_KEYS, PACKAGES
 from focusdd_det.classmap import find_map
 from focusdd_det.config import SetConfig, as_plain
+from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.settings import (

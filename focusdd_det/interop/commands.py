@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from focusdd_det.config import parse_tokens, suggest
+from focusdd_det.config import parse_tokens, suggest, wants_help
 from focusdd_det.detset import part_path, refuse_overlap, write_atomic
 from focusdd_det.errors import ConfigError, VerifyError
 from focusdd_det.interop.finished import FinishedSet, open_set
@@ -85,7 +85,7 @@ def export_command(argv: Sequence[str]) -> int:
     """`focusdd export SET format=... out=...`."""
     kinds = {"coco": ("categories", "images"), "ddranking": ("order",), "rethinkdc": ("val",)}
     keys = ("format", "out", "categories", "images", "order", "val")
-    if _wants_help(argv):
+    if wants_help(argv):
         print(EXPORT_USAGE)
         return 0
     folder, given, dry_run = _parse("export", argv, keys, ("format", "out"))
@@ -167,7 +167,7 @@ def pack_command(argv: Sequence[str]) -> int:
     """`focusdd pack SET out=set.tar`."""
     from focusdd_det.interop.pack import contents, pack
 
-    if _wants_help(argv):
+    if wants_help(argv):
         print(PACK_USAGE)
         return 0
     folder, given, dry_run = _parse("pack", argv, ("out", "log"), ("out",))
@@ -187,7 +187,7 @@ def unpack_command(argv: Sequence[str]) -> int:
     """`focusdd unpack set.tar out=DIR`."""
     from focusdd_det.interop.pack import peek, unpack
 
-    if _wants_help(argv):
+    if wants_help(argv):
         print(UNPACK_USAGE)
         return 0
     archive, given, dry_run = _parse("unpack", argv, ("out",), ("out",))
@@ -209,7 +209,7 @@ def card_command(argv: Sequence[str]) -> int:
     """`focusdd card SET results=accuracy.json out=card.md`."""
     from focusdd_det.interop.card import card_with_results
 
-    if _wants_help(argv):
+    if wants_help(argv):
         print(CARD_USAGE)
         return 0
     keys = ("results", "license", "pretty_name", "out")
@@ -309,7 +309,3 @@ def _uneven(made: Mapping[str, Any]) -> str:
     return (
         f"{few} pictures a class" if few == many else f"note: the classes have {few} to {many} pictures, not the same"
     )
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(token in ("-h", "--help", "help") for token in argv)

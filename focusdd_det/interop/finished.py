@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from focusdd_det import detset
-from focusdd_det.detset import Item, sha256
+from focusdd_det.detset import Item, file_sha256, sha256
 from focusdd_det.errors import DataError, VerifyError
 
 
@@ -85,12 +84,3 @@ def open_set(folder: Path) -> FinishedSet:
                 f"{folder / name}: not the bytes that COMPLETE names; `focusdd verify {folder}` says what is damaged"
             )
     return FinishedSet(folder, task, tuple(detset.read_data_yaml(folder)), found["manifest.jsonl"])
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from focusdd_det import __version__
-from focusdd_det.config import parse_tokens, suggest
+from focusdd_det.config import parse_tokens, suggest, wants_help
 from focusdd_det.errors import ConfigError, DataError, DiskError
 
 USAGE = """Statistics of distilled sets, one or several beside each other: a table, stats.json and PNGs.
@@ -131,7 +131,7 @@ def stats_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError, DataError, VerifyError, WeightsError, DiskError: see errors.py for the exit codes.
     """
-    if not argv or any(token in ("-h", "--help", "help") for token in argv):
+    if not argv or wants_help(argv):
         print(USAGE)
         return 0 if argv else 2
     options = read_options(argv)
