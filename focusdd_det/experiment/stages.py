@@ -47,7 +47,7 @@ from focusdd_det.experiment.settings import (
 )
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.methods import METHODS
-from focusdd_det.teacher import file_sha256, resolve_weights
+from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
 KINDS = ("build", "targets", "relabel", "train", "distill", "eval")
