@@ -174,7 +174,7 @@ def test_an_output_that_is_a_link(workshop: Workshop, tmp_path: Path, unbroken: 
 
 def test_sigkill_while_an_old_set_is_replaced(begin: Build, workshop: Workshop, tmp_path: Path, unbroken: Path) -> None:
     """At each of the two renames and while the old one is removed, one whole set is there; the same command ends it."""
-    renames = 1 + 9 * 3 + 7  # build.yaml, the composites' files, what is written at the end
+    renames = 1 + 9 * 3 + 8  # build.yaml, the composites' files, what is written at the end
     for name, at in (("old", renames), ("new", renames + 1)):
         out = tmp_path / name / "set"
         out.parent.mkdir()
