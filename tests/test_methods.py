@@ -45,7 +45,8 @@ def unit(rng: np.random.Generator, n: int, d: int = 8) -> np.ndarray:
 
 
 def test_every_method_is_there_and_named_where_a_user_looks() -> None:
-    assert tuple(METHODS) == NAMES
+    ours = [name for name, method in METHODS.items() if type(method).__module__.startswith("focusdd_det.methods")]
+    assert tuple(ours) == NAMES  # other tests add methods of users
     for file in ("build_det.yaml", "build_cls.yaml"):
         text = (cfg_dir() / file).read_text()
         about = text[text.index("\nmethod:") : text.index("\nplugins:")]

@@ -55,6 +55,7 @@ SMALL = {
     "tools/export_cls.py": "",
     "tools/bench.py": "parts=train rounds=1 imgsz=64 batch=2 device=cpu precision=fp32",
     "focusdd explain": "selector=vit.json selector_weights=vit.safetensors batch=1",
+    "focusdd gallery": "selector=vit.json selector_weights=vit.safetensors",
     "focusdd map": "device=cpu per_synset=1",
     "focusdd experiment": "selector=vit.safetensors --dry-run",
 }

@@ -123,9 +123,10 @@ cells = st.builds(
     Cell, st.sampled_from(["key", "background"]), text, paths, text, digest, st.integers(1, 9999), st.integers(1, 9999),
     crops, share, share, st.booleans(),
 )  # fmt: skip
+grids = st.sampled_from([0, 1, 4, 9]).flatmap(lambda n: st.lists(cells, min_size=n, max_size=n)).map(tuple)
 items = st.builds(
     Item, st.from_regex(r"[a-z0-9_]{1,40}", fullmatch=True), text, whole, text, whole, whole,
-    st.integers(0, (1 << 64) - 1), st.lists(cells, max_size=4).map(tuple), whole,
+    st.integers(0, (1 << 64) - 1), grids, whole,
     st.fixed_dictionaries(dict.fromkeys(PARTS, digest)),
 )  # fmt: skip
 
