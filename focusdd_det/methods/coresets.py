@@ -7,6 +7,7 @@ Distances are rounded before they decide; ties go to the least content hash.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,7 +28,7 @@ _ITERATIONS = 50  # of k-means; it ends when nothing moves, most often before th
 _LEAST_HERDED = 1000  # pictures; the same for every small ipc, so that a set can be grown
 
 
-class _Coreset(Whole):
+class _Coreset(Whole, ABC):
     """Whole pictures, no grid, as `whole` takes them, but in an order that the features give."""
 
     needs_selector = True
@@ -43,9 +44,9 @@ class _Coreset(Whole):
         features = candidates.features if sorted_already else candidates.features[by_hash]
         return by_hash[self.choose(features, config, group)]
 
+    @abstractmethod
     def choose(self, features: Features, config: SetConfig, group: str) -> Order:
         """Positions, first choice first, of sources that are sorted by content hash."""
-        raise NotImplementedError
 
 
 class Herding(_Coreset):
