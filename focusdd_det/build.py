@@ -29,13 +29,15 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.gallery import NAME as GALLERY
 from focusdd_det.gallery import write_gallery
 from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
+from focusdd_det.looking import Looker, score_all
 from focusdd_det.methods import Method
-from focusdd_det.plan import Plan, make_plan, method_of
+from focusdd_det.plan import Plan, layouts_of, make_plan, method_of
 from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
-from focusdd_det.scores import ScoreStore, score_all
-from focusdd_det.selector import Selector, load_selector, precision_of, token_grid
+from focusdd_det.scores import ScoreStore
+from focusdd_det.screening import Screen, screen_precision
+from focusdd_det.selector import Selector, in_precision, load_selector, precision_of, token_grid
 from focusdd_det.teacher import load_detector
 from focusdd_det.window_judge import WindowJudge
 
@@ -44,7 +46,7 @@ log = logging.getLogger("focusdd")
 # Keys that say where or how fast, not what; every other key is part of what determines the bytes.
 MACHINE_KEYS = (
     "sources", "out", "device", "workers", "loader", "threads", "scores", "grow_from", "overwrite", "download",
-    "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins",
+    "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins", "screen",
 )  # fmt: skip
 # Keys that sets of earlier versions lack, with the value that means what those did.
 _SINCE: dict[str, Any] = {"grids": [], "own_conf": None, "contradiction": "keep"}
@@ -121,18 +123,19 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
         store = ScoreStore(Path(config.scores or work / "scores.sqlite"), contents=bool(config.scores))
         try:
             with _phase(seconds, "score"):
-                _score(config, method, plan, store, selector, judge)
+                screen = _score(config, method, plan, store, selector, judge)
             with _phase(seconds, "compose"):
-                items = compose_all(Bench(config, plan, method, store, grid, labeller, work, _workers(config)))
+                items = compose_all(Bench(config, plan, method, store, grid, labeller, work, _workers(config), screen))
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
+                screened = screen.summary() if screen else None
                 _report_repeats(store.repeats())
         finally:
             store.close()
         if config.grow_from:
             _check_grown(Path(config.grow_from), items)
         blind = _blind(config, plan, selector)
-        _finish(work, out, config, plan, identity, items, quarantined, counts, blind, seconds)
+        _finish(work, out, config, plan, identity, items, quarantined, counts, blind, seconds, screened)
         _publish(work, out, config)
     log.info("%s: %d composites", out, len(items))
     return _result(out, plan, seconds)
@@ -382,14 +385,25 @@ def _score(
     store: ScoreStore,
     selector: Selector | None,
     judge: WindowJudge | None,
-) -> None:
+) -> Screen | None:
+    """Every source looked at, and those that can be chosen again where the first look is one in low precision."""
     columns = _columns(config, plan, selector)
     blind = _blind(config, plan, selector)
     if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
     who = f"{Path(judge.config.teacher).name} looks at sources" if judge else "looking at sources"
-    with progress_bar(plan.sources, who) as bar:
-        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge)
+    fast = screen_precision(config, method, plan, _device(config))
+    rough = in_precision(selector, fast) if selector is not None and fast is not None else None
+    with progress_bar(plan.sources, who + (f", in {fast}" if rough else "")) as bar:
+        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge, rough)
+    if rough is None:
+        return None
+    first, second = (Looker(each, method, columns, config, store) for each in (rough, selector))
+    roots = {root.name: root for root in plan.roots}
+    screen = Screen(store, first, second, method, config, roots, layouts_of(config, method), _workers(config))
+    with progress_bar(0, f"looking again, in {config.precision}") as bar:
+        screen.settle_all(plan.groups, bar)
+    return screen
 
 
 def _blind(config: SetConfig, plan: Plan, selector: Selector | None) -> list[str]:
@@ -431,6 +445,7 @@ def _finish(
     counts: dict[str, tuple[int, int]],
     blind: Sequence[str],
     seconds: dict[str, float],
+    screened: dict[str, float | int] | None,
 ) -> None:
     """Put the manifest in plan order, write what describes the set, seal it."""
     if not items:
@@ -454,6 +469,7 @@ def _finish(
         "settings": {key: value for key, value in as_plain(config).items() if key in MACHINE_KEYS},
         "torch_threads": torch.get_num_threads(),
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": _device(config)},
+        "screening": screened,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

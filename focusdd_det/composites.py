@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -29,17 +29,18 @@ from focusdd_det.errors import DataError, FocusDDError, VerifyError
 from focusdd_det.glance import UNREADABLE
 from focusdd_det.labelling import Labeller, Look
 from focusdd_det.layouts import Layouts, cell_sizes
-from focusdd_det.methods import Method, check_order
+from focusdd_det.looking import Judged
+from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar
-from focusdd_det.scores import Judged, Row, ScoreStore
+from focusdd_det.ranking import Ranking, rank
+from focusdd_det.scores import Row, ScoreStore
+from focusdd_det.screening import Screen, unsettled
 from focusdd_det.seeds import seed_of
-from focusdd_det.select import Proposal, proposals
+from focusdd_det.select import Proposal
 from focusdd_det.sources import Root, locate
 from focusdd_det.types import Crop, Detections, Image
 from focusdd_det.windows import middle_square, view_of
-
-_REUSE_LIMIT = 20  # proposals per composite wanted, before `short_class: reuse` gives a class up
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Bench:
     labeller: Labeller
     folder: Path
     workers: int
+    screen: Screen | None = None
     made: dict[str, list[Item]] = field(default_factory=dict)  # class -> its composites so far
 
     @property
@@ -63,6 +65,13 @@ class Bench:
     @property
     def layouts(self) -> Layouts:
         return layouts_of(self.config, self.method)
+
+    def rank(self, group: Group) -> Ranking:
+        """The ranking of a class as it is known now."""
+        if self.screen is not None:
+            return self.screen.rank(group)
+        found = self.store.candidates(group.name, self.config.alpha, self.method.needs_features)
+        return rank(group, *found, self.method, self.layouts, self.config)
 
 
 @dataclass(frozen=True)
@@ -138,42 +147,28 @@ def _one_class(
     bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any, judged: Judged
 ) -> _Class:
     """The composites of one class, in order, into `bench.made`."""
-    config, method, layouts = bench.config, bench.method, bench.layouts
-    candidates, banned = bench.store.candidates(group.name, config.alpha, method.needs_features)
     made = bench.made.setdefault(group.name, [])
-    n = len(candidates)
-    order = check_order(method.order(candidates, config, group.name), n, config.method, "order")
-    backgrounds = check_order(method.backgrounds(candidates, config, group.name), n, config.method, "backgrounds")
-    candidates = replace(candidates, features=None)  # classes that are in work together need not hold them
-
-    def proposed(start: int) -> Iterator[Proposal]:
-        reserved = layouts.keys(group.name, group.ipc) if config.selection == "paper" else 0
-        reuse = config.short_class == "reuse"
-        every = proposals(
-            order,
-            backgrounds,
-            candidates.phash,
-            lambda number: layouts.of(group.name, number),
-            config.near_duplicate,
-            banned,
-            reserved,
-            reuse,
-        )
-        return islice(every, start, _REUSE_LIMIT * group.ipc if reuse else None)
-
-    stream = proposed(0)
+    ranking = bench.rank(group)
+    stream = ranking.proposals()
+    number = 0  # of the next proposal
     while len(made) < group.ipc:
         batch = list(islice(stream, min(group.ipc - len(made), bench.labeller.in_flight)))
+        if bench.screen and len(again := unsettled(ranking, batch)):
+            bench.screen.settle(ranking.candidates.ids[again].tolist())
+            ranking = bench.rank(group)
+            stream = ranking.proposals(number)  # what came before was settled, so it stays as it was
+            continue
         if not batch:
             break
         try:
-            drafts = _drafts(bench, group, batch, candidates.ids, done, pool)
+            drafts = _drafts(bench, group, batch, ranking.candidates.ids, done, pool)
         except _BadSourceError as error:
-            banned.add(error.position)
-            bench.store.reject(int(candidates.ids[error.position]), str(error))
+            ranking.banned.add(error.position)
+            bench.store.reject(int(ranking.candidates.ids[error.position]), str(error))
             judged.add(error.source, str(error))
-            stream = proposed(batch[0].number)  # what came before did not use it, so it stays as it was
+            stream = ranking.proposals(number)  # what came before did not use it, so it stays as it was
             continue
+        number = batch[-1].number + 1
         looks = [look.pixels for draft in drafts if isinstance(draft, _Draft) for look in draft.looks]
         found = (yield looks) if looks else []
         for draft in drafts:

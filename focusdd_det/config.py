@@ -67,6 +67,7 @@ class SetConfig:
     max_bad: float
     max_pixels: int
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    screen: Literal["auto", "off", "bf16", "fp16"]
     batch: int
     device: str
     workers: int

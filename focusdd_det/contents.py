@@ -10,7 +10,7 @@ of 118. The table is kept where the user asks for a file of scores that outlives
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,13 +57,14 @@ class Contents:
         if enabled:
             db.executescript(_SCHEMA)
 
-    def known(self, look: str) -> Known:
-        """The contents that were seen in a certain way."""
+    def known(self, looks: Sequence[str]) -> Known:
+        """The contents that were seen in one of these ways."""
         if not self.enabled:
             return Known()
         heads = bytearray()
-        for (head,) in self.db.execute("SELECT substr(sha, 1, 8) FROM content WHERE look = ?", (look,)):
-            heads += head
+        for look in looks:
+            for (head,) in self.db.execute("SELECT substr(sha, 1, 8) FROM content WHERE look = ?", (look,)):
+                heads += head
         return Known(bytes(heads))
 
     def get(self, look: str, sha: bytes) -> Content | None:

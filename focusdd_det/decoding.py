@@ -93,14 +93,36 @@ def in_threads(
                 following = next(items, None)
                 if following is not None:
                     pending.append((following, pool.submit(work, following)))
-                try:
-                    outcome = future.result()
-                except Exception as error:
-                    raise _failed(item, f"{type(error).__name__}: {error}") from error
-                yield item, outcome
+                yield item, _outcome(item, future)
         finally:
             for _, future in pending:
                 future.cancel()
+
+
+def in_turns(
+    items: Iterator[Located], work: Callable[[Located], Glance | str], workers: int, size: int
+) -> Generator[Outcome, None, None]:
+    """`work` of `size` items at a time in threads, in order; nothing is at work while the consumer is.
+
+    Raises:
+        FocusDDError: `work` raised; names the source.
+    """
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        while chunk := list(islice(items, size)):
+            futures = [pool.submit(work, item) for item in chunk]
+            try:
+                outcomes = [_outcome(item, future) for item, future in zip(chunk, futures, strict=True)]
+            finally:
+                for future in futures:
+                    future.cancel()
+            yield from zip(chunk, outcomes, strict=True)
+
+
+def _outcome(item: Located, future: Future[Glance | str]) -> Glance | str:
+    try:
+        return future.result()
+    except Exception as error:
+        raise _failed(item, f"{type(error).__name__}: {error}") from error
 
 
 def in_processes(items: Iterator[Located], task: Task, workers: int, depth: int) -> Generator[Outcome, None, None]:

@@ -32,6 +32,7 @@ class Candidates:
         score: [n] int64, realism score S in units of 1e-4.
         phash: [n] uint64, difference hash of the view.
         features: [n, d] float16, the ViT's, of length 1; only for methods that need them.
+        rough: [n] bool, of a screening: p and score are the best that the source can have, not what it has.
     """
 
     ids: Order
@@ -41,6 +42,7 @@ class Candidates:
     score: Order
     phash: NDArray[np.uint64]
     features: NDArray[np.float16] | None = None
+    rough: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -86,11 +88,12 @@ def background_order(candidates: Candidates, seed: int, group: str) -> Order:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The sources of one composite, as positions in the candidates."""
+    """The sources of one composite, as positions in the candidates; `turn` counts how often the sources ran out."""
 
     number: int
     keys: tuple[int, ...]
     backgrounds: tuple[int, ...]
+    turn: int = 0
 
 
 def proposals(
@@ -131,7 +134,7 @@ def proposals(
             rest = None if keys is None else _take(background_stream, shape.n_background, used, chosen)
             if keys is None or rest is None:
                 break
-            yield Proposal(number, keys, rest)
+            yield Proposal(number, keys, rest, turn)
             number += 1
         if not reuse or number == first:
             return

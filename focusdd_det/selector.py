@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 ATTENTIONS = ("gca", "last", "mean")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _NOT_ARCHITECTURE = (
     "pretrained", "checkpoint", "cache_dir", "weights", "scriptable", "exportable", "no_jit", "features_only",
@@ -199,7 +201,7 @@ def load_selector(
     model.eval().requires_grad_(False)
     if not of_timm and (problems := check_look(backbone, model, view, len(classes))):
         raise WeightsError(f"selector={name}: {'; '.join(problems)}. See Backbone in focusdd_det/backbones")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     target = torch.device(device)
     digest = file_sha256(Path(weights)) if weights else _state_digest(model)
     mean, std = tuple(spec.get("mean") or backbone.mean), tuple(spec.get("std") or backbone.std)
@@ -218,6 +220,12 @@ def load_selector(
         device=target,
         backbone=backbone,
     )
+
+
+def in_precision(selector: Selector, precision: str) -> Selector:
+    """The same ViT in another precision, beside the first."""
+    model = copy.deepcopy(selector.model).to(DTYPES[precision])
+    return replace(selector, model=model, precision=precision)
 
 
 def precision_of(precision: str, device: str) -> Literal["fp32", "bf16", "fp16"]:

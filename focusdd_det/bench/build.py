@@ -29,9 +29,10 @@ from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import write_atomic
 from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
+from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import Plan, make_plan
-from focusdd_det.scores import ScoreStore, score_all
+from focusdd_det.scores import ScoreStore
 from focusdd_det.select import Candidates, proposals
 from focusdd_det.selector import Selector, load_selector, precision_of
 from focusdd_det.sources import Located

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,17 @@ from focusdd_det.errors import ConfigError
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, ranked
 from focusdd_det.types import Crop, Detections, View
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+def monotone(order: T) -> T:
+    """Marks an `order` or `backgrounds` in which a source comes no later when its own p or score grows and nothing else
+    changes. A method of which both are can be screened: sources that cannot come to the front, however good the second
+    look, are looked at in low precision alone (screening.py). Whoever overrides one says so again,
+    or is not screened."""
+    order.monotone = True  # type: ignore[attr-defined]
+    return order
 
 
 class Method(Protocol):
@@ -88,6 +100,7 @@ class Base:
     def judge(self, found: Detections, own: int, windows: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.zeros(len(windows))
 
+    @monotone
     def backgrounds(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return shuffled(candidates, config, group)
 

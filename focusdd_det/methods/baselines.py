@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from focusdd_det.config import SetConfig
-from focusdd_det.methods.base import Base, shuffled
+from focusdd_det.methods.base import Base, monotone, shuffled
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, ranked
 from focusdd_det.types import Crop, View, round_half_up
@@ -39,6 +39,7 @@ class Realism(Base):
     needs_selector = True
     looks = 5
 
+    @monotone
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return ranked(candidates, np.floor(candidates.p * 1e4 + 0.5).astype(np.int64), config.stratify)
 

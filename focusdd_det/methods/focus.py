@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from focusdd_det.config import SetConfig
-from focusdd_det.methods.base import Base
+from focusdd_det.methods.base import Base, monotone
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, background_order, ranked
 from focusdd_det.types import Crop, View
@@ -18,9 +18,11 @@ class FocusDD(Base):
     needs_selector = True
     all_keys = False
 
+    @monotone
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return ranked(candidates, candidates.score, config.stratify)
 
+    @monotone
     def backgrounds(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return background_order(candidates, config.seed, group)
 

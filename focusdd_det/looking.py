@@ -1,0 +1,461 @@
+"""Every source is looked at: read, decoded, shown to the ViT (or the detection teacher), kept in the file of scores.
+
+On a CPU decoding and the ViT take turns: side by side they would only wait for each other's threads. On a GPU, or with
+decoding processes, the next batch is filled while one is at the ViT.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from focusdd_det.config import SetConfig
+from focusdd_det.contents import STEPS, Content, steps
+from focusdd_det.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
+from focusdd_det.deviations import Deviation, deviation
+from focusdd_det.errors import DataError
+from focusdd_det.glance import Glance, Known, glance
+from focusdd_det.methods import REALISM_LEAST, Method
+from focusdd_det.plugins import content_of
+from focusdd_det.scores import ScoreStore
+from focusdd_det.selector import Selector
+from focusdd_det.sources import Located
+from focusdd_det.window_judge import WindowJudge
+from focusdd_det.windows import best_windows, least_windows, window_side
+
+MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
+_VERSION = 2  # of the scoring itself: a change of what a score means must not meet old scores
+_TWICE = 64  # of so many batches of a screening one is looked at in both precisions
+_COMMIT = 2.0  # seconds between two commits
+
+Batch = Sequence[tuple[Located, Glance]]
+Pixels = NDArray[np.uint8]  # [sources, looks, view, view, 3], zeros behind the last source
+
+
+def score_all(
+    stream: Iterable[Located],
+    store: ScoreStore,
+    selector: Selector | None,
+    method: Method,
+    columns: Mapping[str, Sequence[int]],
+    config: SetConfig,
+    workers: int,
+    progress: Callable[[int], object],
+    judge: WindowJudge | None = None,
+    rough: Selector | None = None,
+) -> None:
+    """Look at every source of the stream that the store does not hold yet.
+
+    Args:
+        stream: sources, in any order.
+        store: where the results go.
+        selector: the ViT; None for methods that need none (then p and share are 0).
+        method: says whether the ViT is shown a source as a whole, or crops of it.
+        columns: class -> outputs of the ViT that stand for it; empty: the largest probability counts.
+        config: geometry, view and limits.
+        workers: decoding threads or processes.
+        progress: called with the number of sources that are done.
+        judge: the detection teacher, for methods that rank windows by what it finds in them.
+        rough: the same ViT in low precision, which looks in place of `selector` (screening.py); every `_TWICE`th
+            batch, the first included, is looked at by both.
+
+    Raises:
+        DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
+    """
+    view = judge.side if judge else selector.view if selector else 64
+    final = Looker(selector, method, columns, config, store, judge)
+    lookers = [final] if rough is None else [final, Looker(rough, method, columns, config, store)]
+    on_gpu = selector is not None and selector.device.type == "cuda"
+    judged = Judged(config.max_bad)
+    batches = 0
+
+    def look(batch: Batch, pixels: Pixels) -> list[Seen]:
+        nonlocal batches
+        batches += 1
+        twice = batches % _TWICE == 1
+        return [looker(batch, pixels) for looker in (lookers if twice else lookers[-1:])]
+
+    def finish(seen: list[Seen]) -> None:
+        seen[0].keep(store)
+        if len(seen) > 1:
+            store.deviate(lookers[1].sight, seen[1].deviation(seen[0]))
+        progress(len(seen[0].rows))
+
+    def recalled(located: Located, sha: bytes | None = None) -> bool:
+        """Whether this content was looked at before, under whatever name; then it has its row now."""
+        for looker in lookers:
+            content = store.recall(located, looker.name, sha) if looker.name else None
+            if content is not None:
+                store.put([looker.row_of(located, content)])
+                progress(1)
+                judged.add(located.source, "")
+                return True
+        return False
+
+    def new_sources() -> Iterator[Located]:
+        for located in stream:
+            reason = store.known(located, [looker.signatures[located.source.group] for looker in lookers])
+            if reason is not None:
+                progress(1)
+                judged.add(located.source, reason)
+            elif not recalled(located):
+                yield located
+
+    known = store.known_contents([looker.name for looker in lookers if looker.name])
+    outcomes, ahead = outcomes_of(new_sources(), view, method, config, workers, known, on_gpu)
+    with Batches(final.shape(view), look, finish, store, ahead, on_gpu) as waiting, contextlib.closing(outcomes):
+        for located, outcome in outcomes:
+            if isinstance(outcome, Glance) and not outcome.views:
+                if recalled(located, outcome.sha):
+                    continue
+                outcome = glance(located, view, method, config)  # another content with the same first 8 bytes
+            if isinstance(outcome, str):
+                store.put([final.bad(located, outcome)])
+                progress(1)
+                judged.add(located.source, outcome)
+                continue
+            judged.add(located.source, "")
+            waiting.add(located, outcome)
+    store.commit()
+    judged.end()
+
+
+# ---- what looks ----
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one looker saw in a batch.
+
+    Attributes:
+        rows: of the sources, in the order of the schema.
+        p, share, corner: [n], [n], [n, 2].
+        name: the looker's; contents: what is kept by content under it.
+    """
+
+    rows: list[tuple[object, ...]]
+    p: NDArray[np.float64]
+    share: NDArray[np.float64]
+    corner: NDArray[np.int64]
+    name: str = ""
+    contents: list[Content] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(root, path) of each source."""
+        return [(str(row[0]), str(row[1])) for row in self.rows]
+
+    def keep(self, store: ScoreStore) -> None:
+        """Put all of it into the file of scores."""
+        store.put(self.rows, self.name, self.contents)
+
+    def deviation(self, final: Seen) -> Deviation:
+        """How far this look is from one in full precision at the same sources."""
+        return deviation(self.p, final.p, self.share, final.share)
+
+
+class Looker:
+    """The ViT (or the detection teacher) and how what it says becomes a row: p, share and window of a source.
+
+    Attributes:
+        signatures: class -> what a row depends on besides the picture.
+        sight: the same without what the class is made of.
+        name: what a remembered content depends on besides its bytes, made of `sight`. Empty where contents are not
+            remembered: nothing is seen, of several looks the best for one class only, or more than the window with the
+            most attention.
+    """
+
+    def __init__(
+        self,
+        selector: Selector | None,
+        method: Method,
+        columns: Mapping[str, Sequence[int]],
+        config: SetConfig,
+        store: ScoreStore,
+        judge: WindowJudge | None = None,
+    ) -> None:
+        self.selector, self.method, self.columns, self.config, self.judge = selector, method, columns, config, judge
+        self.run, self.remembers = store.run, store.contents.enabled
+        self.signatures = {
+            group: signature(selector, method, own, config, judge, group) for group, own in columns.items()
+        }
+        plain = selector is not None and not method.looks and not method.needs_features and method.window == "most"
+        self.sight = signature(selector, method, (), replace(config, confidence="max"))
+        self.name = f"content {self.sight}" if plain else ""
+
+    def shape(self, view: int) -> tuple[int, ...]:
+        """Of the pixels of a batch: a ViT at batch 1 and 32 differs in the seventh digit, so it is always the same."""
+        looks = max(1, self.method.looks)
+        return (max(1, self.config.batch // looks), looks, view, view, 3)
+
+    def __call__(self, batch: Batch, pixels: Pixels) -> Seen:
+        """One batch. Of several looks at one source the one with the largest p counts, the first of equals; `corner`
+        then holds its number. With a judge the detection teacher looks in place of the ViT."""
+        n = len(batch)
+        p, share = np.zeros(n), np.zeros(n)
+        corner: NDArray[np.int64] = np.zeros((n, 2), np.int64)
+        features: NDArray[np.float16] | None = None
+        contents: list[Content] = []
+        if self.selector is not None:
+            looks = pixels.shape[1]
+            probabilities, attention, features = self._see(pixels, n * looks)
+            k = window_side(self.selector.grid, self.config.side_ratio)
+            share_t, corner_t = best_windows(attention, k)
+            if self.method.window == "least":
+                corner_t = least_windows(attention, k)
+            shares, corners = share_t.double().numpy(), corner_t.numpy()
+            table = steps(probabilities.double().numpy())
+            for i, (located, seen) in enumerate(batch):
+                first = i * looks
+                each = self._confidence(table[first : first + looks], located.source.group)
+                best = int(np.round(each, 4).argmax())
+                p[i], share[i] = each[best], shares[first + best]
+                corner[i] = corners[first] if looks == 1 else (best, 0)
+                if features is not None:
+                    features[i] = features[first + best]
+                if self.name and self.remembers:
+                    where = (int(corner[i, 0]), int(corner[i, 1]))
+                    what = (seen.sha, seen.width, seen.height, float(share[i]), where, seen.phash)
+                    contents.append(Content(*what, table[first]))
+        elif self.judge is not None:
+            sizes = [(seen.width, seen.height) for _, seen in batch]
+            groups = [located.source.group for located, _ in batch]
+            p, corner = self.judge([pixels[i, 0] for i in range(n)], sizes, groups)
+        rows = [
+            self._row(
+                located,
+                seen,
+                float(p[i]),
+                float(share[i]),
+                (int(corner[i, 0]), int(corner[i, 1])),
+                None if features is None else features[i].tobytes(),
+            )
+            for i, (located, seen) in enumerate(batch)
+        ]
+        return Seen(rows, p, share, corner, self.name, contents)
+
+    def row_of(self, located: Located, content: Content) -> tuple[object, ...]:
+        """The row of a source whose content was seen before."""
+        seen = Glance(content.sha, content.width, content.height, (), content.phash)
+        p = float(self._confidence(content.probabilities[None], located.source.group)[0])
+        return self._row(located, seen, p, content.share, content.corner)
+
+    def bad(self, located: Located, reason: str) -> tuple[object, ...]:
+        """The row of a source that cannot be used."""
+        return self._row(located, None, 0.0, 0.0, (0, 0), bad=reason)
+
+    def _see(self, pixels: Pixels, count: int) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float16] | None]:
+        """Probabilities, attention and, where the method needs them, features of the first `count` views."""
+        assert self.selector is not None
+        tensor = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+        tensor = tensor if tensor.is_pinned() else tensor.contiguous()
+        if self.method.needs_features:
+            probabilities, attention, vectors = self.selector.with_features(tensor)
+            return probabilities[:count], attention[:count], vectors[:count].numpy().astype(np.float16)
+        probabilities, attention = self.selector(tensor)
+        return probabilities[:count], attention[:count], None
+
+    def _confidence(self, table: NDArray[np.uint16], group: str) -> NDArray[np.float64]:
+        """p of each look from the probabilities of all classes, [looks, classes] in steps of 1/65535: the sum over the
+        class' own outputs, or the largest."""
+        own = self.columns[group]
+        largest = self.config.confidence == "max" or not own
+        each = table.max(axis=1) if largest else table[:, list(own)].sum(axis=1, dtype=np.int64)
+        return np.asarray(np.minimum(each / STEPS, 1.0), np.float64)
+
+    def _row(
+        self,
+        located: Located,
+        seen: Glance | None,
+        p: float,
+        share: float,
+        corner: tuple[int, int],
+        feature: bytes | None = None,
+        bad: str | None = None,
+    ) -> tuple[object, ...]:
+        """In the order of the schema; `seen` is None for a source that cannot be used."""
+        s = located.source
+        sha, width, height, phash = (seen.sha, seen.width, seen.height, seen.phash) if seen else (b"", 0, 0, 0)
+        signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
+        where = (located.offset, located.size, located.mtime_ns)
+        found = (sha, width, height, p, share, *corner, signed, bad, feature)
+        return (s.root, s.path, s.folder, s.group, self.signatures[s.group], self.run, *where, *found)
+
+
+def signature(
+    selector: Selector | None,
+    method: Method,
+    columns: Sequence[int],
+    config: SetConfig,
+    judge: WindowJudge | None = None,
+    group: str = "",
+) -> str:
+    """What a stored score depends on besides the picture; scores with another signature are computed anew."""
+    content: list[object] = [_VERSION, config.geometry, config.max_pixels]
+    if selector is not None:
+        content += [
+            selector.sha256,
+            selector.spec,
+            selector.view,
+            selector.grid,
+            selector.attention,
+            selector.precision,
+        ]
+        content += [config.side_ratio, config.confidence, list(columns)]
+    if method.looks:
+        content += [method.looks, REALISM_LEAST, config.seed, *content_of(method)]
+    if method.window != "most":
+        content.append(method.window)
+    if method.needs_features:
+        content.append("features")
+    if judge is not None:
+        content += [*judge.depends_on(group), *content_of(method)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+# ---- batches ----
+
+
+class Batches:
+    """Views on their way to what looks, in full batches.
+
+    Args:
+        shape: of the pixels of a batch.
+        look: a batch and its pixels -> what was seen.
+        finish: takes what was seen, in order, in the caller's thread.
+        store: committed every few seconds.
+        ahead: whether a batch is filled while the one before is looked at.
+        pinned: pixels lie in pinned memory, so that they reach a GPU without another copy and while it works.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        look: Callable[[Batch, Pixels], list[Seen]],
+        finish: Callable[[list[Seen]], None],
+        store: ScoreStore,
+        ahead: bool,
+        pinned: bool,
+    ) -> None:
+        self.shape, self.look, self.finish, self.store, self.pinned = shape, look, finish, store, pinned
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="vit") if ahead else None
+        self.waiting: Future[list[Seen]] | None = None
+        self.committed = time.monotonic()
+        self._blank()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._send()
+                self._receive()
+        finally:
+            if self.pool:
+                self.pool.shutdown()
+
+    def add(self, located: Located, seen: Glance) -> None:
+        """One source; its pixels are copied, the only time that they are: a process' views are lent."""
+        for i, view in enumerate(seen.views):
+            self.pixels[len(self.batch), i] = view
+        self.batch.append((located, replace(seen, views=())))
+        if len(self.batch) == self.shape[0]:
+            self._send()
+
+    def _send(self) -> None:
+        if not self.batch:
+            return
+        if self.pool is None:
+            self._done(self.look(self.batch, self.pixels))
+        else:
+            following = self.pool.submit(self.look, self.batch, self.pixels)
+            self._receive()
+            self.waiting = following
+        self._blank()
+
+    def _receive(self) -> None:
+        if self.waiting is not None:
+            seen, self.waiting = self.waiting.result(), None
+            self._done(seen)
+
+    def _done(self, seen: list[Seen]) -> None:
+        self.finish(seen)
+        if time.monotonic() - self.committed > _COMMIT:
+            self.store.commit()
+            self.committed = time.monotonic()
+
+    def _blank(self) -> None:
+        self.batch: list[tuple[Located, Glance]] = []
+        self.pixels: Pixels = torch.zeros(self.shape, dtype=torch.uint8, pin_memory=self.pinned).numpy()
+
+
+def outcomes_of(
+    sources: Iterator[Located],
+    view: int,
+    method: Method,
+    config: SetConfig,
+    workers: int,
+    known: Known,
+    on_gpu: bool,
+) -> tuple[Generator[Outcome, None, None], bool]:
+    """The sources decoded, in order; and whether that goes on while a batch is looked at."""
+    whole = not method.looks and not method.needs_teacher
+    depth = 4 * workers + config.batch
+    if choose(config.loader, workers, on_gpu, whole) == "processes":
+        return in_processes(sources, Task(view, config, known), workers, depth), True
+
+    def work(located: Located) -> Glance | str:
+        return glance(located, view, method, config, known)
+
+    if on_gpu:
+        return in_threads(sources, work, workers, depth), True
+    return in_turns(sources, work, workers, config.batch), False
+
+
+class Judged:
+    """Counts sources that were used and that could not be, and stops a build when too many could not."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.seen = 0
+        self.bad = 0
+        self.reasons: Counter[str] = Counter()
+        self.last = ""
+
+    def add(self, source: object, reason: str) -> None:
+        """Count one source; an empty reason means that it can be used.
+
+        Raises:
+            DataError: the share of bad ones is above the limit, after the first `MIN_JUDGED`.
+        """
+        self.seen += 1
+        if reason:
+            self.bad += 1
+            self.reasons[reason if len(self.reasons) < 100 else "others"] += 1
+            self.last = f"{source}: {reason}"
+            if self.seen >= MIN_JUDGED:
+                self.end()
+
+    def end(self) -> None:
+        """The same for all of them, however few.
+
+        Raises:
+            DataError: see `add`.
+        """
+        if self.bad > self.limit * self.seen:
+            summary = "\n  ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(10))
+            raise DataError(
+                f"{self.bad} of the first {self.seen} sources cannot be used, more than max_bad={self.limit:g} allows:"
+                f"\n  {summary}\nThe last one: {self.last}. Check the source folders, or raise max_bad"
+            )

@@ -1,0 +1,175 @@
+"""A first look in low precision at every source, a second one in full precision at those that can be chosen.
+
+Every source that was looked at only once is ranked by the best p and share that it can have (deviations.py). Whoever is
+chosen, or walked past, in that ranking is looked at again, and what is found takes the place of the bound; then the
+ranking is made anew, until all that it takes were looked at twice. What lies behind them would lie there with its true
+scores as well, because a method's order is monotone: so the choice is that of full precision for every source, at the
+price of low precision for most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focusdd_det.config import SetConfig
+from focusdd_det.deviations import deviation
+from focusdd_det.glance import Glance, Known
+from focusdd_det.layouts import Layouts
+from focusdd_det.looking import Batches, Looker, Seen, outcomes_of
+from focusdd_det.methods import Method
+from focusdd_det.plan import Group, Plan
+from focusdd_det.ranking import Ranking, rank
+from focusdd_det.scores import Row, ScoreStore
+from focusdd_det.select import Order, Proposal
+from focusdd_det.selector import precision_of
+from focusdd_det.sources import Located, Root, locate
+
+WORTH = 6  # sources for each one that is wanted, from which on a screening pays
+_AHEAD = 1.1  # so much more of a ranking is looked at again than is known to be needed: fewer rounds
+
+
+def screen_precision(config: SetConfig, method: Method, plan: Plan, device: str) -> str | None:
+    """The precision of the first look; None: there is one look, in `config.precision`.
+
+    `screen=auto` screens where it saves time: the machine is faster in low precision, and far more sources are there
+    than are wanted.
+    """
+    fast = precision_of("auto", device) if config.screen == "auto" else config.screen
+    if config.precision != "fp32" or fast in ("off", "fp32") or not screens(method):
+        return None
+    wanted = sum(group.ipc for group in plan.groups) * max(config.grid, *(config.grids or (1,))) ** 2
+    return None if config.screen == "auto" and wanted * WORTH > plan.sources else fast
+
+
+def screens(method: Method) -> bool:
+    """Whether what a method chooses can be told from a first look in low precision (methods.monotone)."""
+    both = (method.order, method.backgrounds)
+    return method.needs_selector and not method.needs_features and all(getattr(f, "monotone", False) for f in both)
+
+
+@dataclass
+class Screen:
+    """The second look at the sources of a build.
+
+    Attributes:
+        first, second: the ViT in low and in full precision.
+        again: how many sources this process looked at again.
+    """
+
+    store: ScoreStore
+    first: Looker
+    second: Looker
+    method: Method
+    config: SetConfig
+    roots: Mapping[str, Root]
+    layouts: Layouts
+    workers: int
+    again: int = 0
+
+    def rank(self, group: Group) -> Ranking:
+        """The ranking of a class in which sources that were looked at once have the best p and score that they can."""
+        rough = (self.first.signatures[group.name], self.store.deviation(self.first.sight))
+        candidates, banned = self.store.candidates(group.name, self.config.alpha, rough=rough)
+        return rank(group, candidates, banned, self.method, self.layouts, self.config)
+
+    def settle_all(self, groups: Sequence[Group], bar: Any) -> None:
+        """Look again at what the composites of all classes need, as far as it can be told before the teacher looks; in
+        rounds over the classes, so that the batches are full."""
+        while groups:
+            ids: list[int] = []
+            more = []
+            for group in groups:
+                ranking = self.rank(group)
+                again = unsettled(ranking, islice(ranking.proposals(), group.ipc + math.ceil(group.ipc / 20)))
+                if len(again):
+                    ids += ranking.candidates.ids[again].tolist()
+                    more.append(group)
+            groups = more
+            bar.total += len(ids)
+            self.settle(ids, bar.update)
+
+    def settle(self, ids: Sequence[int], progress: Callable[[int], object] = lambda _: None) -> None:
+        """Look at sources again, rows of the store, and put what is found in the place of the first look."""
+        selector = self.second.selector
+        assert selector is not None
+        rows: dict[tuple[str, str], tuple[int, Row]] = {}
+
+        def sources() -> Iterator[Located]:
+            for rowid in ids:
+                row = self.store.row(rowid)
+                rows[row.root, row.path] = (rowid, row)
+                root = self.roots[row.root]
+                yield locate(root, row.path, row.folder, row.group, row.offset, row.size, row.mtime_ns)
+
+        def finish(seen: list[Seen]) -> None:
+            self._put(seen[0], [rows.pop(place) for place in seen[0].places])
+            progress(len(seen[0].rows))
+
+        on_gpu = selector.device.type == "cuda"
+        outcomes, ahead = outcomes_of(sources(), selector.view, self.method, self.config, self.workers, Known(), on_gpu)
+        shape = self.second.shape(selector.view)
+        with (
+            Batches(shape, lambda *batch: [self.second(*batch)], finish, self.store, ahead, on_gpu) as waiting,
+            contextlib.closing(outcomes),
+        ):
+            for located, outcome in outcomes:
+                place = (located.source.root, located.source.path)
+                if isinstance(outcome, Glance) and outcome.sha.hex() == rows[place][1].sha256:
+                    waiting.add(located, outcome)
+                    continue
+                reason = outcome if isinstance(outcome, str) else "its content changed while the set was built"
+                self.store.reject(rows.pop(place)[0], reason)
+                progress(1)
+        self.store.commit()
+
+    def _put(self, seen: Seen, before: Sequence[tuple[int, Row]]) -> None:
+        p, share = (np.array([getattr(row, name) for _, row in before], np.float64) for name in ("p", "share"))
+        self.store.deviate(self.first.sight, deviation(p, seen.p, share, seen.share))
+        self.store.put([], seen.name, seen.contents)
+        for i, (rowid, row) in enumerate(before):
+            corner = (int(seen.corner[i, 0]), int(seen.corner[i, 1]))
+            signature = self.second.signatures[row.group]
+            self.store.settle(rowid, signature, float(seen.p[i]), float(seen.share[i]), corner)
+        self.again += len(before)
+
+    def summary(self) -> dict[str, float | int]:
+        """What the screening came to, for the log of the build."""
+        seen = self.store.deviation(self.first.sight)
+        return {"looked_again": self.again, "looked_twice": seen.sources, "logit": seen.logit, "share": seen.share}
+
+
+def unsettled(ranking: Ranking, taken: Iterable[Proposal]) -> NDArray[np.int64]:
+    """Positions that must be looked at again before these composites of a class can be made: their sources, and all
+    that the ranking puts before the last of them, which they were preferred to or which were passed over.
+
+    No composite stands for the end of the ranking: the sources ran out. Empty where all were looked at in full; else
+    some more than need be, for fewer rounds.
+    """
+    rough = ranking.candidates.rough
+    if rough is None or not rough.any():
+        return np.zeros(0, np.int64)
+    composites = list(taken)
+    if not composites or any(proposal.turn for proposal in composites):
+        return np.flatnonzero(rough)
+    keys = _last(ranking.order, [key for proposal in composites for key in proposal.keys])
+    ends = (
+        (ranking.order, max(keys, ranking.reserved)),
+        (ranking.backgrounds, _last(ranking.backgrounds, [each for p in composites for each in p.backgrounds])),
+    )
+    if not any(rough[order[:end]].any() for order, end in ends):
+        return np.zeros(0, np.int64)
+    needed = np.unique(np.concatenate([order[: math.ceil(end * _AHEAD)] for order, end in ends]))
+    return np.asarray(needed[rough[needed]], np.int64)
+
+
+def _last(order: Order, chosen: Sequence[int]) -> int:
+    """How many of an order there are up to the last of the chosen."""
+    return int(np.flatnonzero(np.isin(order, chosen)).max()) + 1 if chosen else 0
