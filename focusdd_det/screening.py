@@ -78,6 +78,8 @@ class Screen:
         """The ranking of a class in which sources that were looked at once have the best p and score that they can."""
         rough = (self.first.signatures[group.name], self.store.deviation(self.first.sight))
         candidates, banned = self.store.candidates(group.name, self.config.alpha, rough=rough)
+        if candidates.rough is not None:
+            candidates.rough[list(banned)] = False  # there is nothing to look at again
         return rank(group, candidates, banned, self.method, self.layouts, self.config)
 
     def settle_all(self, groups: Sequence[Group], bar: Any) -> None:

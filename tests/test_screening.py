@@ -1,0 +1,330 @@
+"""A first look in low precision and a second in full give the set that full precision for all gives."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import test_build_cls
+from conftest import draw
+from test_build import bench, make, options, tree  # noqa: F401
+from test_build_cls import bench as cls_bench  # noqa: F401
+
+from focusdd_det import looking, screening
+from focusdd_det.build import build, load_config
+from focusdd_det.detset import read_manifest, verify
+from focusdd_det.deviations import Deviation, deviation, optimistic
+from focusdd_det.labelling import TeacherBoxes
+from focusdd_det.layouts import Layout, Layouts
+from focusdd_det.methods import METHODS, FocusDD, monotone
+from focusdd_det.plan import Group, make_plan
+from focusdd_det.ranking import rank
+from focusdd_det.screening import screen_precision, screens, unsettled
+from focusdd_det.select import Candidates, ranked
+from focusdd_det.windows import realism
+
+LOGIT, SHARE = 0.3, 0.01  # how far the made-up first looks are off
+
+
+# ---- what a first look can be off ----
+
+
+def test_deviations_are_measured_in_the_logit_of_p() -> None:
+    p, again = np.array([0.5, 0.9, 0.0005]), np.array([0.5249792, 0.9, 0.0001])  # sigmoid(0.1); rounding below 1e-3
+    seen = deviation(p, again, np.array([0.7, 0.6, 0.5]), np.array([0.7, 0.61, 0.5]))
+    assert seen.logit == pytest.approx(0.1, abs=1e-6)
+    assert seen.share == pytest.approx(0.01)
+    assert seen.sources == 3
+    assert seen.joined(Deviation(0.2, 0.001, 2)) == Deviation(0.2, seen.share, 5)
+    assert deviation(*[np.zeros(0)] * 4) == Deviation()
+
+
+def test_what_is_not_a_number_leaves_nothing_to_the_first_look() -> None:
+    seen = deviation(np.array([np.nan]), np.array([0.5]), np.array([0.5]), np.array([0.5]))
+    assert seen.logit == np.inf
+    assert optimistic(np.array([0.0, 0.7]), np.array([0.5, 0.5]), seen)[0].tolist() == [1.0, 1.0]
+
+
+def test_the_bound_is_twice_the_largest_deviation_and_never_below_p() -> None:
+    p, share = np.array([0.5, 0.9999, 0.0]), np.array([0.6, 0.999, 0.0])
+    best, most = optimistic(p, share, Deviation(0.25, 0.02, 9))
+    assert best[0] == pytest.approx(1 / (1 + np.exp(-0.5)))
+    assert (best >= p + 1e-4).all()
+    assert best[1] == 1.0
+    assert most.tolist() == pytest.approx([0.64, 1.0, 0.04])
+    least = optimistic(p, share, Deviation())
+    assert least[0][0] > 0.5
+    assert least[1][0] > 0.6
+
+
+# ---- which methods ----
+
+
+def test_the_methods_whose_order_follows_p_and_score_are_screened_and_no_others() -> None:
+    assert [name for name, method in METHODS.items() if screens(method)] == [
+        "focusdd",
+        "realism",
+        "min_as",
+        "random_as",
+    ]
+
+    class Middling(FocusDD):
+        def order(self, candidates: Candidates, config: Any, group: str) -> Any:
+            return ranked(candidates, -np.abs(candidates.score), config.stratify)
+
+    assert not screens(Middling())  # it overrides what is marked, and does not say so again
+    monotone(Middling.order)
+    assert screens(Middling())
+
+
+def test_auto_screens_where_it_pays(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(screening, "precision_of", lambda precision, device: "bf16")
+
+    def found(**more: Any) -> str | None:
+        config = load_config(**options(bench, tmp_path / "set", **more))
+        return screen_precision(config, METHODS[config.method], make_plan(config), "cpu")
+
+    assert found(ipc=2) is None  # 24 of 40 sources are wanted
+    assert found(ipc=1, classes=["disc"]) is None
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1) == "bf16"  # 1 of 14
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1, method="random") is None
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1, method="herding") is None
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1, precision="bf16") is None
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1, screen="off") is None
+    assert found(ipc=2, screen="fp16") == "fp16"
+    monkeypatch.setattr(screening, "precision_of", lambda precision, device: "fp32")
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1) is None
+
+
+# ---- what is chosen, without a ViT ----
+
+
+class World:
+    """Sources with true scores, first looks that are off by at most LOGIT and SHARE, and which were looked at again."""
+
+    def __init__(self, seed: int, n: int, config: Any, layout: Layout) -> None:
+        rng = np.random.default_rng(seed)
+        logit = rng.normal(1.5, 2.0, n)
+        self.p = np.round(1 / (1 + np.exp(-logit)), 4)
+        self.share = np.round(rng.uniform(0.6, 0.8, n), 4)
+        self.p_first = np.round(1 / (1 + np.exp(-(logit + rng.uniform(-LOGIT, LOGIT, n)))), 4)
+        self.share_first = np.round(self.share + rng.uniform(-SHARE, SHARE, n), 4)
+        self.sha = rng.integers(0, 256, (n, 32)).astype(np.uint8)
+        self.folder = rng.integers(0, 5, n).astype(np.int32)
+        self.phash = rng.integers(0, 40, n).astype(np.uint64)  # many near duplicates
+        self.config, self.layouts = config, Layouts(layout, (), 0)
+        self.group = Group("a", "a", 0, ("a",), n, config.ipc)
+        self.rough = np.ones(n, bool)
+
+    def ranking(self, settled: bool = False) -> Any:
+        p, share, rough = self.p.copy(), self.share.copy(), self.rough & (not settled)
+        best = optimistic(self.p_first[rough], self.share_first[rough], Deviation(LOGIT / 2, SHARE / 2, 1))
+        p[rough], share[rough] = best
+        table = Candidates(
+            ids=np.arange(len(p)), sha=self.sha, folder=self.folder, p=p,
+            score=realism(p, share, self.config.alpha), phash=self.phash, rough=rough,
+        )  # fmt: skip
+        return rank(self.group, table, set(), METHODS[self.config.method], self.layouts, self.config)
+
+    def chosen(self) -> list[Any]:
+        """The composites as a build makes them: a few at a time, looking again where it has to."""
+        made: list[Any] = []
+        ranking = self.ranking()
+        stream = ranking.proposals()
+        while len(made) < self.config.ipc:
+            batch = [each for _, each in zip(range(min(3, self.config.ipc - len(made))), stream, strict=False)]
+            again = unsettled(ranking, batch)
+            if len(again):
+                assert self.rough[again].all()
+                self.rough[again] = False
+                ranking = self.ranking()
+                stream = ranking.proposals(len(made))
+                continue
+            if not batch:
+                break
+            made += batch
+        return made
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"stratify": False},
+        {"alpha": 0.0},
+        {"near_duplicate": 3},
+        {"selection": "paper"},
+        {"method": "realism"},
+        {"short_class": "reuse", "ipc": 70},
+        {"ipc": 70, "near_duplicate": 2},
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_that_of_the_true_scores(more: dict[str, Any], seed: int) -> None:
+    config = load_config(**{"sources": ["x"], "out": "x", "near_duplicate": 0, "ipc": 6, **more})
+    layout = Layout(2, 4 if config.method == "realism" else 3)
+    world = World(seed, 250, config, layout)
+    wanted = [each for _, each in zip(range(config.ipc), world.ranking(settled=True).proposals(), strict=False)]
+    assert world.chosen() == wanted
+    if config.ipc == 6 and config.selection == "grow" and not config.near_duplicate:
+        assert world.rough.sum() > 100  # and most sources were never looked at again
+
+
+def test_a_bound_that_is_too_small_is_what_the_test_above_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focusdd_det.deviations.SAFETY", 0.0)
+    config = load_config(sources=["x"], out="x", near_duplicate=0, ipc=6)
+    different = 0
+    for seed in range(8):
+        world = World(seed, 250, config, Layout(2, 3))
+        wanted = [each for _, each in zip(range(6), world.ranking(settled=True).proposals(), strict=False)]
+        different += world.chosen() != wanted
+    assert different
+
+
+# ---- whole builds ----
+
+
+@pytest.fixture(scope="module")
+def many(bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """150 sources of a class, of which few are wanted."""
+    top = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(8)
+    for folder in ("disc", "square"):
+        (top / "sources" / folder).mkdir(parents=True)
+        for i in range(75):
+            cv2.imwrite(str(top / "sources" / folder / f"{i}.jpg"), draw(rng, 64)[0])
+    return top / "sources"
+
+
+def log(folder: Path) -> Any:
+    return json.loads((folder / "build.log.json").read_text())["screening"]
+
+
+@pytest.mark.parametrize("method", ["focusdd", "min_as", "random_as", "realism"])
+def test_a_screened_set_has_the_same_bytes(bench: Path, many: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+    keys = {"sources": [str(many)], "ipc": 1, "method": method, "batch": 10, "classes": ["disc", "square"]}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    screened = make(bench, tmp_path / "screened", screen="bf16", **keys)
+    assert verify(screened) == []
+    assert tree(screened) == tree(plain)
+    assert log(plain) is None
+    seen = log(screened)
+    assert 8 <= seen["looked_again"] < 150
+    assert seen["looked_twice"] > seen["looked_again"]  # the batches that were looked at in both precisions
+    assert 0 < seen["logit"] < 1
+    assert 0 <= seen["share"] < 0.1
+
+
+def test_a_screened_set_for_classifiers_has_the_same_bytes(cls_bench: Path, tmp_path: Path) -> None:  # noqa: F811
+    plain = test_build_cls.make(cls_bench, tmp_path / "plain", screen="off")
+    screened = test_build_cls.make(cls_bench, tmp_path / "screened", screen="bf16")
+    assert log(screened)["looked_again"] > 0
+    assert tree(screened) == tree(plain)
+
+
+def test_what_was_seen_twice_is_kept_and_serves_a_build_that_is_not_screened(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {"sources": [str(many)], "batch": 10, "classes": ["disc"], "scores": str(tmp_path / "scores.sqlite")}
+    first = log(make(bench, tmp_path / "first", screen="bf16", ipc=1, **keys))
+    seen: list[int] = []
+    real = looking.Looker.__call__
+
+    def counted(self: Any, batch: Any, pixels: Any) -> Any:
+        seen.append(len(batch))
+        return real(self, batch, pixels)
+
+    monkeypatch.setattr(looking.Looker, "__call__", counted)
+    again = log(make(bench, tmp_path / "again", screen="bf16", ipc=1, alpha=0.0, **keys))
+    assert sum(seen) == again["looked_again"] < 75  # no first look, and a second only at what another alpha wants
+    seen.clear()
+    plain = make(bench, tmp_path / "plain", screen="off", ipc=1, **keys)
+    assert sum(seen) == 75 - 10 - first["looked_again"] - again["looked_again"]  # 10: a batch of the first build
+    assert tree(plain) == tree(tmp_path / "first")
+
+
+def test_a_source_that_changes_between_the_looks_is_quarantined(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path / "sources"
+    (copy / "disc").mkdir(parents=True)
+    for file in (many / "disc").iterdir():
+        (copy / "disc" / file.name).write_bytes(file.read_bytes())
+    keys = {"sources": [str(copy)], "ipc": 1, "batch": 10, "classes": ["disc"]}
+    chosen = [cell.path for item in read_manifest(make(bench, tmp_path / "plain", **keys)) for cell in item.cells]
+    real = screening.Screen.settle_all
+
+    def damaged(self: Any, groups: Any, bar: Any) -> None:
+        (copy / chosen[0]).write_bytes(b"no picture")
+        (copy / chosen[1]).write_bytes((many / chosen[2]).read_bytes())
+        real(self, groups, bar)
+
+    monkeypatch.setattr(screening.Screen, "settle_all", damaged)
+    screened = make(bench, tmp_path / "screened", screen="bf16", **keys)
+    lines = [json.loads(line) for line in (screened / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["path"] for line in lines} == set(chosen[:2])
+    assert any("its content changed" in line["reason"] for line in lines)
+    assert verify(screened) == []
+
+
+def test_a_build_that_was_stopped_between_the_looks_goes_on(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {"sources": [str(many)], "ipc": 1, "batch": 10, "classes": ["disc", "square"]}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    real = screening.Screen._put
+    calls = 0
+
+    def stopped(self: Any, *rest: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        real(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(screening.Screen, "_put", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(bench, tmp_path / "screened", screen="bf16", **keys)
+    with sqlite3.connect(tmp_path / "screened.incomplete" / "scores.sqlite") as db:
+        assert db.execute("SELECT COUNT(DISTINCT sig) FROM source").fetchone()[0] > 2
+    assert tree(make(bench, tmp_path / "screened", screen="bf16", **keys)) == tree(plain)
+
+
+def test_composites_that_the_teacher_empties_are_replaced_as_without_a_screening(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = TeacherBoxes.label
+
+    def often_nothing(self: Any, looks: Any, cells: Any, *rest: Any) -> Any:
+        return None if int(cells[0].sha256, 16) % 2 else real(self, looks, cells, *rest)
+
+    monkeypatch.setattr(TeacherBoxes, "label", often_nothing)
+    keys = {"sources": [str(many)], "ipc": 5, "batch": 10, "classes": ["disc"]}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    assert any(item.proposal != item.index for item in read_manifest(plain))
+    assert tree(make(bench, tmp_path / "screened", screen="bf16", **keys)) == tree(plain)
+
+
+def test_the_first_look_may_be_asked_for_in_another_build(bench: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = load_config(**options(bench, tmp_path / "set", screen="bf16"))
+    build(config)
+    assert build(replace(config, screen="off")).composites == 6  # the same set: nothing to do
