@@ -41,12 +41,12 @@ CREATE TABLE IF NOT EXISTS source (
     root TEXT, path TEXT, folder TEXT, grp TEXT, sig TEXT, run INTEGER,
     offset INTEGER, size INTEGER, mtime INTEGER, sha BLOB, width INTEGER, height INTEGER,
     p REAL, share REAL, win_row INTEGER, win_col INTEGER, phash INTEGER, bad TEXT,
-    feature BLOB, PRIMARY KEY (root, path));
+    feature BLOB, entropy REAL, PRIMARY KEY (root, path));
 CREATE INDEX IF NOT EXISTS by_group ON source (run, grp);
 """
 _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
-    "p", "share", "win_row", "win_col", "phash", "bad", "feature",
+    "p", "share", "win_row", "win_col", "phash", "bad", "feature", "entropy",
 )  # fmt: skip
 MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
 
@@ -76,9 +76,11 @@ _ROW_FIELDS = tuple(field.name for field in fields(Row))[:-1]
 class ScoreStore:
     """The SQLite file. Not for several threads; one build at a time (the build holds a lock)."""
 
-    def __init__(self, path: Path, contents: bool = False) -> None:
-        """`contents`: also keep what was seen by content, for other names, maps and folders (contents.py)."""
+    def __init__(self, path: Path, contents: bool = False, entropy: bool = False) -> None:
+        """`contents`: also keep what was seen by content, for other names, maps and folders (contents.py).
+        `entropy`: a source without one, because it was seen before entropies were kept, is looked at anew."""
         self.path = path
+        self.entropy = entropy
         with self._told():
             self.db = sqlite3.connect(path)
             tables = {name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -90,13 +92,15 @@ class ScoreStore:
             )
             self._add_columns()
             self.run = int(self.db.execute("SELECT COALESCE(MAX(run), 0) + 1 FROM source").fetchone()[0])
-            self.contents = Contents(self.db, contents)
+            self.contents = Contents(self.db, contents, entropy)
 
     def _add_columns(self) -> None:
-        """`feature` is younger than the other columns: an older file gets it, empty."""
+        """`feature` and then `entropy` are younger than the other columns: an older file gets them, empty."""
         there = tuple(row[1] for row in self.db.execute("PRAGMA table_info(source)"))
-        if there == _COLUMNS[:-1]:
+        if there == _COLUMNS[:-2]:
             self.db.execute("ALTER TABLE source ADD COLUMN feature BLOB")
+        if there in (_COLUMNS[:-2], _COLUMNS[:-1]):
+            self.db.execute("ALTER TABLE source ADD COLUMN entropy REAL")
         elif there != _COLUMNS:
             raise DiskError(
                 f"{self.path} has a table of sources with other columns than ours ({', '.join(there)[:200]}); give "
@@ -140,8 +144,9 @@ class ScoreStore:
         with self._told():
             found = self.db.execute(
                 "UPDATE source SET run = ?, grp = ? WHERE root = ? AND path = ? AND sig = ? AND size = ? AND mtime = ? "
-                f"AND (bad IS NULL OR bad NOT LIKE '{UNREADABLE}%') RETURNING COALESCE(bad, '')",
-                (self.run, s.group, s.root, s.path, signature, located.size, located.mtime_ns),
+                f"AND (bad IS NULL OR bad NOT LIKE '{UNREADABLE}%') "
+                "AND (bad IS NOT NULL OR entropy IS NOT NULL OR NOT ?) RETURNING COALESCE(bad, '')",
+                (self.run, s.group, s.root, s.path, signature, located.size, located.mtime_ns, self.entropy),
             ).fetchone()
         return None if found is None else str(found[0])
 
@@ -192,13 +197,13 @@ class ScoreStore:
         """
         # Typed columns, filled row by row: the rows of a large class never lie in memory as Python tuples.
         ids, phash, folder = array("q"), array("q"), array("i")
-        p, share = array("d"), array("d")
+        p, share, entropy = array("d"), array("d"), array("d")
         sha, vectors = bytearray(), bytearray()
         names: dict[str, int] = {}
         unusable: set[int] = set()
         with self._told():
             for row in self.db.execute(
-                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path)"
+                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path), entropy"
                 f"{', feature' if features else ''} FROM source "
                 "WHERE run = ? AND grp = ? AND length(sha) = 32 GROUP BY sha ORDER BY sha",
                 (self.run, group),
@@ -211,8 +216,9 @@ class ScoreStore:
                 p.append(round(row[3], 4))
                 share.append(row[4])
                 phash.append(row[5])
+                entropy.append(np.nan if row[8] is None else row[8])
                 if features:
-                    vectors += row[8] or b""
+                    vectors += row[9] or b""
         confidence = np.array(p, np.float64)
         table = Candidates(
             ids=np.array(ids, np.int64),
@@ -222,6 +228,7 @@ class ScoreStore:
             score=realism(confidence, np.array(share, np.float64), alpha),
             phash=np.array(phash, np.int64).view(np.uint64),
             features=self._vectors(vectors, len(ids)) if features else None,
+            entropy=np.array(entropy, np.float64),
         )
         return table, unusable
 
@@ -263,6 +270,16 @@ class ScoreStore:
                 (self.run,),
             )
         ]
+
+    def passed_over(self, least_entropy: float) -> dict[str, int]:
+        """Class -> usable sources of this run whose grey levels have less entropy, where there are some, by name."""
+        return dict(
+            self.db.execute(
+                "SELECT grp, COUNT(*) FROM source WHERE run = ? AND bad IS NULL AND entropy < ? "
+                "GROUP BY grp ORDER BY grp",
+                (self.run, least_entropy),
+            )
+        )
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Class -> (usable sources, unusable ones) in this run."""
@@ -481,7 +498,7 @@ def _look(
             if keep:
                 where = (int(corner[i, 0]), int(corner[i, 1]))
                 what = (seen.sha, seen.width, seen.height, float(share[i]), where, seen.phash)
-                contents.append(Content(*what, table[first]))
+                contents.append(Content(*what, table[first], seen.entropy))
     elif judge is not None:
         sizes = [(seen.width, seen.height) for _, seen in batch]
         groups = [located.source.group for located, _ in batch]
@@ -519,7 +536,7 @@ def _row_of(
     config: SetConfig,
 ) -> tuple[object, ...]:
     """The row of a source whose content was seen before."""
-    seen = Glance(content.sha, content.width, content.height, (), content.phash)
+    seen = Glance(content.sha, content.width, content.height, (), content.phash, content.entropy)
     p = float(_confidence(content.probabilities[None], columns[located.source.group], config)[0])
     return _columns_of(located, signatures, run, seen, p, content.share, content.corner)
 
@@ -540,7 +557,7 @@ def _columns_of(
     sha, width, height, phash = (seen.sha, seen.width, seen.height, seen.phash) if seen else (b"", 0, 0, 0)
     signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
     where = (located.offset, located.size, located.mtime_ns)
-    found = (sha, width, height, p, share, *corner, signed, bad, feature)
+    found = (sha, width, height, p, share, *corner, signed, bad, feature, seen.entropy if seen else None)
     return (s.root, s.path, s.folder, s.group, signatures[s.group], run, *where, *found)
 
 
