@@ -140,6 +140,7 @@ def _one_class(
     """The composites of one class, in order, into `bench.made`."""
     config, method, layouts = bench.config, bench.method, bench.layouts
     candidates, banned = bench.store.candidates(group.name, config.alpha, method.needs_features)
+    blank = candidates.blank(config.least_entropy)
     made = bench.made.setdefault(group.name, [])
     n = len(candidates)
     order = check_order(method.order(candidates, config, group.name), n, config.method, "order")
@@ -155,7 +156,7 @@ def _one_class(
             candidates.phash,
             lambda number: layouts.of(group.name, number),
             config.near_duplicate,
-            banned,
+            banned | blank,
             reserved,
             reuse,
         )
