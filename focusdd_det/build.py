@@ -49,7 +49,8 @@ MACHINE_KEYS = (
     "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins", "screen",
 )  # fmt: skip
 # Keys that sets of earlier versions lack, with the value that means what those did.
-_SINCE: dict[str, Any] = {"grids": [], "own_conf": None, "contradiction": "keep"}
+_SINCE: dict[str, Any] = {"grids": [], "least_entropy": 0.0}
+_SINCE_DETECT: dict[str, Any] = {"own_conf": None, "contradiction": "keep"}  # the same, of detection sets alone
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously
 _BYTES_OF_FEATURES = 2048  # of a source: 1,024 channels in float16
@@ -120,7 +121,8 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
         if config.grow_from:
             _grow(Path(config.grow_from), work, identity)
         _require_space(work, plan, config, method)
-        store = ScoreStore(Path(config.scores or work / "scores.sqlite"), contents=bool(config.scores))
+        file = Path(config.scores or work / "scores.sqlite")
+        store = ScoreStore(file, contents=bool(config.scores), entropy=config.least_entropy > 0)
         try:
             with _phase(seconds, "score"):
                 screen = _score(config, method, plan, store, selector, judge)
@@ -129,13 +131,15 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
                 screened = screen.summary() if screen else None
+                blank = store.passed_over(config.least_entropy) if config.least_entropy else None
                 _report_repeats(store.repeats())
+                _report_passed_over(blank, counts, config)
         finally:
             store.close()
         if config.grow_from:
             _check_grown(Path(config.grow_from), items)
         blind = _blind(config, plan, selector)
-        _finish(work, out, config, plan, identity, items, quarantined, counts, blind, seconds, screened)
+        _finish(work, out, config, plan, identity, items, quarantined, counts, blind, blank, seconds, screened)
         _publish(work, out, config)
     log.info("%s: %d composites", out, len(items))
     return _result(out, plan, seconds)
@@ -298,9 +302,7 @@ def _read_identity(folder: Path) -> Any:
         return None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         return content
-    before = dict(_SINCE)
-    if content.get("task", "detect") == "classify":
-        before = {"grids": []}
+    before = _SINCE if content.get("task", "detect") == "classify" else {**_SINCE, **_SINCE_DETECT}
     return {"task": "detect", **content, "config": {**before, **content["config"]}}
 
 
@@ -434,6 +436,13 @@ def _report_repeats(repeats: Sequence[tuple[str, int]]) -> None:
         log.info("the same picture under several names, used once a class: %d, such as %s", len(repeats), shown)
 
 
+def _report_passed_over(blank: dict[str, int] | None, counts: dict[str, tuple[int, int]], config: SetConfig) -> None:
+    if blank is not None:
+        usable = sum(good for good, _ in counts.values())
+        what = (config.least_entropy, sum(blank.values()), usable)
+        log.info("least_entropy=%g: %d of %d usable sources passed over; the set's README.md has each class", *what)
+
+
 def _finish(
     work: Path,
     out: Path,
@@ -444,21 +453,26 @@ def _finish(
     quarantined: Sequence[tuple[str, str, str]],
     counts: dict[str, tuple[int, int]],
     blind: Sequence[str],
+    blank: dict[str, int] | None,
     seconds: dict[str, float],
     screened: dict[str, float | int] | None,
 ) -> None:
     """Put the manifest in plan order, write what describes the set, seal it."""
     if not items:
+        passed_over = sum(blank.values()) if blank else 0
         raise DataError(
-            "no composite was made: the teacher found nothing in any of them. Look at the sources, lower conf, "
-            "or keep empty composites with empty=keep"
-            if task_of(config) == "detect"
-            else "no composite was made: no class has enough usable sources; quarantine.jsonl says what was wrong"
+            (
+                "no composite was made: the teacher found nothing in any of them. Look at the sources, lower conf, "
+                "or keep empty composites with empty=keep"
+                if task_of(config) == "detect"
+                else "no composite was made: no class has enough usable sources; quarantine.jsonl says what was wrong"
+            )
+            + (f"; least_entropy={config.least_entropy:g} passed over {passed_over} sources" if passed_over else "")
         )
     detset.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
     detset.sweep(work, items, _aside(out))
     detset.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names, task_of(config)))
-    detset.write_atomic(work / "README.md", card(items, plan, identity, counts, blind).encode())
+    detset.write_atomic(work / "README.md", card(items, plan, identity, counts, blind, blank).encode())
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
     detset.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
     detset.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))

@@ -57,6 +57,7 @@ class SetConfig:
     selection: Literal["grow", "paper"]
     stratify: bool
     near_duplicate: int
+    least_entropy: float
     grid: int
     n_key: int
     grids: tuple[int, ...]
@@ -96,6 +97,7 @@ class SetConfig:
             (isinstance(self.view, str) or self.view >= 16, "view", "auto or at least 16 px"),
             (1 <= self.jpeg_quality <= 100, "jpeg_quality", "1 to 100"),
             (0 <= self.near_duplicate <= 64, "near_duplicate", "0 (off) to 64 bits"),
+            (0 <= self.least_entropy <= 8, "least_entropy", "0 (off) to 8 bits"),
             (0 <= self.max_bad <= 1, "max_bad", "a share in [0, 1]"),
             (self.batch >= 1, "batch", "at least 1"),
             (self.workers >= 0, "workers", "at least 0 (0 chooses)"),

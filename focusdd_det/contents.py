@@ -22,7 +22,7 @@ STEPS = 65535  # probabilities are whole multiples of 1/65535, whether they come
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS content (
     look TEXT, sha BLOB, width INTEGER, height INTEGER, share REAL, win_row INTEGER, win_col INTEGER, phash INTEGER,
-    probabilities BLOB);
+    probabilities BLOB, entropy REAL);
 CREATE UNIQUE INDEX IF NOT EXISTS by_content ON content (look, sha);
 """
 
@@ -37,6 +37,7 @@ class Content:
         share, corner: the best window's share of the attention, and its top left token.
         phash: difference hash.
         probabilities: [classes] uint16, in steps of 1/65535.
+        entropy: of its grey levels, bits; None if it was seen before entropies were kept.
     """
 
     sha: bytes
@@ -46,16 +47,21 @@ class Content:
     corner: tuple[int, int]
     phash: int
     probabilities: NDArray[np.uint16]
+    entropy: float | None
 
 
 class Contents:
     """The table, in an open database; `enabled` false: nothing is kept and nothing found."""
 
-    def __init__(self, db: sqlite3.Connection, enabled: bool) -> None:
+    def __init__(self, db: sqlite3.Connection, enabled: bool, entropy: bool = False) -> None:
+        """`entropy`: what has none, because it was seen before entropies were kept, is not found."""
         self.db = db
         self.enabled = enabled
+        self.also = " AND entropy IS NOT NULL" if entropy else ""
         if enabled:
             db.executescript(_SCHEMA)
+            if "entropy" not in {row[1] for row in db.execute("PRAGMA table_info(content)")}:
+                db.execute("ALTER TABLE content ADD COLUMN entropy REAL")  # the youngest: an older file gets it, empty
 
     def known(self, looks: Sequence[str]) -> Known:
         """The contents that were seen in one of these ways."""
@@ -63,7 +69,8 @@ class Contents:
             return Known()
         heads = bytearray()
         for look in looks:
-            for (head,) in self.db.execute("SELECT substr(sha, 1, 8) FROM content WHERE look = ?", (look,)):
+            query = f"SELECT substr(sha, 1, 8) FROM content WHERE look = ?{self.also}"
+            for (head,) in self.db.execute(query, (look,)):
                 heads += head
         return Known(bytes(heads))
 
@@ -72,23 +79,27 @@ class Contents:
         if not self.enabled:
             return None
         row = self.db.execute(
-            "SELECT sha, width, height, share, win_row, win_col, phash, probabilities FROM content "
-            "WHERE look = ? AND sha = ?",
+            "SELECT sha, width, height, share, win_row, win_col, phash, probabilities, entropy FROM content "
+            f"WHERE look = ? AND sha = ?{self.also}",
             (look, sha),
         ).fetchone()
         if row is None or not isinstance(row[7], bytes) or len(row[7]) % 2:
             return None
-        of, width, height, share, win_row, win_col, phash, probabilities = row
+        of, width, height, share, win_row, win_col, phash, probabilities, entropy = row
         unsigned = phash & (1 << 64) - 1
-        return Content(of, width, height, share, (win_row, win_col), unsigned, np.frombuffer(probabilities, np.uint16))
+        table = np.frombuffer(probabilities, np.uint16)
+        return Content(of, width, height, share, (win_row, win_col), unsigned, table, entropy)
 
     def put(self, look: str, contents: Iterable[Content]) -> None:
         """Keep what was seen."""
         if self.enabled:
             self.db.executemany(
-                "INSERT OR REPLACE INTO content VALUES (?,?,?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO content VALUES (?,?,?,?,?,?,?,?,?,?)",
                 (
-                    (look, c.sha, c.width, c.height, c.share, *c.corner, _signed(c.phash), c.probabilities.tobytes())
+                    (
+                        *(look, c.sha, c.width, c.height, c.share, *c.corner, _signed(c.phash)),
+                        *(c.probabilities.tobytes(), c.entropy),
+                    )
                     for c in contents
                 ),
             )

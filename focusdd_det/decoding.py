@@ -177,8 +177,8 @@ def _in_order(items: Iterator[Located], slots: NDArray[np.uint8], pool: list[_Wo
         if isinstance(job.answer, str):
             yield job.located, job.answer
         else:
-            sha, width, height, phash = job.answer
-            yield job.located, Glance(sha, width, height, (slots[job.slot],) if width else (), phash)
+            sha, width, height, phash, entropy = job.answer
+            yield job.located, Glance(sha, width, height, (slots[job.slot],) if width else (), phash, entropy)
         free.append(job.slot)
 
 
@@ -274,7 +274,7 @@ def serve(pipe: int, descriptor: int) -> None:
 
 
 def _answer(located: Located, task: Task, slot: NDArray[np.uint8]) -> object:
-    """A reason; or hash, size and perceptual hash; or an error that nobody foresaw."""
+    """A reason; or hash, size, perceptual hash and entropy; or an error that nobody foresaw."""
     try:
         seen = glance(located, task.view, Whole(), task.config, task.known)
         if isinstance(seen, str):
@@ -283,7 +283,7 @@ def _answer(located: Located, task: Task, slot: NDArray[np.uint8]) -> object:
             slot[:] = seen.views[0]
     except Exception as error:
         return RuntimeError(f"{type(error).__name__}: {error}")
-    return seen.sha, seen.width, seen.height, seen.phash
+    return seen.sha, seen.width, seen.height, seen.phash, seen.entropy
 
 
 def _shared(size: int) -> tuple[int, mmap.mmap]:

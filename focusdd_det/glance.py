@@ -34,6 +34,7 @@ class Glance:
         views: uint8 RGB, [view, view, 3] each: the whole source, or the crops that the method looks at. Empty if the
             content was seen before, under whatever name: then nothing was decoded.
         phash: see `difference_hash`.
+        entropy: see `grey_entropy`; None if it was not decoded, or seen before entropies were kept.
     """
 
     sha: bytes
@@ -41,6 +42,7 @@ class Glance:
     height: int
     views: Sequence[Image]
     phash: int
+    entropy: float | None
 
 
 class Known(Container[bytes]):
@@ -86,7 +88,7 @@ def glance(
         data = located.read()
         digest = hashlib.sha256(data)
         if digest.digest() in known:
-            return Glance(digest.digest(), 0, 0, (), 0)
+            return Glance(digest.digest(), 0, 0, (), 0, None)
         least = view
         if method.looks:
             from focusdd_det.methods import REALISM_LEAST
@@ -104,7 +106,7 @@ def glance(
     views = tuple(_crop_pixels(picture, width, crop, view) for crop in crops) or (pixels,)
     if method.needs_teacher:
         views = (letterbox(picture, view)[0],)
-    return Glance(digest.digest(), width, height, views, difference_hash(pixels))
+    return Glance(digest.digest(), width, height, views, difference_hash(pixels), grey_entropy(pixels))
 
 
 def view_pixels(picture: Image, view: int, geometry: str) -> Image:
@@ -121,6 +123,17 @@ def difference_hash(picture: Image) -> int:
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
     bits = (small[:, 1:] > small[:, :-1]).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def grey_entropy(picture: Image) -> float:
+    """Shannon entropy of the 256 grey levels, in bits, rounded to 1e-4: 0 for one level, 8 for all in equal parts.
+
+    Photographs have some 7; drawings, and objects on a blank ground, have few levels or one that rules.
+    """
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    counts = np.bincount(grey.ravel(), minlength=256)
+    share = counts[counts > 0] / grey.size
+    return abs(round(float((share * np.log2(share)).sum()), 4))  # the sum is never above 0
 
 
 def _crop_pixels(picture: Image, width: int, crop: Crop, view: int) -> Image:

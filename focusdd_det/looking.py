@@ -226,7 +226,7 @@ class Looker:
                 if self.name and self.remembers:
                     where = (int(corner[i, 0]), int(corner[i, 1]))
                     what = (seen.sha, seen.width, seen.height, float(share[i]), where, seen.phash)
-                    contents.append(Content(*what, table[first]))
+                    contents.append(Content(*what, table[first], seen.entropy))
         elif self.judge is not None:
             sizes = [(seen.width, seen.height) for _, seen in batch]
             groups = [located.source.group for located, _ in batch]
@@ -246,7 +246,7 @@ class Looker:
 
     def row_of(self, located: Located, content: Content) -> tuple[object, ...]:
         """The row of a source whose content was seen before."""
-        seen = Glance(content.sha, content.width, content.height, (), content.phash)
+        seen = Glance(content.sha, content.width, content.height, (), content.phash, content.entropy)
         p = float(self._confidence(content.probabilities[None], located.source.group)[0])
         return self._row(located, seen, p, content.share, content.corner)
 
@@ -288,7 +288,7 @@ class Looker:
         sha, width, height, phash = (seen.sha, seen.width, seen.height, seen.phash) if seen else (b"", 0, 0, 0)
         signed = phash - (1 << 64) if phash >= 1 << 63 else phash  # SQLite's integers are signed
         where = (located.offset, located.size, located.mtime_ns)
-        found = (sha, width, height, p, share, *corner, signed, bad, feature)
+        found = (sha, width, height, p, share, *corner, signed, bad, feature, seen.entropy if seen else None)
         return (s.root, s.path, s.folder, s.group, self.signatures[s.group], self.run, *where, *found)
 
 

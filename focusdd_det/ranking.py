@@ -46,7 +46,7 @@ class Ranking:
             self.candidates.phash,
             lambda number: self.layouts.of(self.group.name, number),
             self.config.near_duplicate,
-            self.banned,
+            self.banned | self.candidates.blank(self.config.least_entropy),
             self.reserved,
             reuse,
         )

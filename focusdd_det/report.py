@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ def card(
     identity: dict[str, Any],
     counts: dict[str, tuple[int, int]],
     blind: Sequence[str] = (),
+    blank: Mapping[str, int] | None = None,
 ) -> str:
     """README.md of a set, in the form of a Hugging Face dataset card. The same text for the same bytes.
 
@@ -83,13 +84,14 @@ def card(
         identity: the content of build.yaml.
         counts: class -> (usable sources, unusable ones).
         blind: classes that the ViT does not know.
+        blank: class -> usable sources that were passed over because of `least_entropy`; None: it is off.
     """
     boxed = identity.get("task", "detect") == "detect"
     sections = [
         _front_matter(len(items), len(plan.class_map.names), identity, boxed),
         _what(items, identity, boxed),
         _method(items, identity, boxed),
-        _sources(items, counts),
+        _sources(items, counts, identity, blank),
         _contents(items, plan, identity, blind, boxed),
         _limits(identity, boxed),
         NUMBERS_HEADING + "\n\n" + _NO_NUMBERS.format(file="coco_eval.json" if boxed else "accuracy.json"),
@@ -192,7 +194,13 @@ def _method(items: Sequence[Item], identity: dict[str, Any], boxed: bool) -> str
     return "## How it was made\n\n" + "\n".join(lines)
 
 
-def _sources(items: Sequence[Item], counts: dict[str, tuple[int, int]]) -> str:
+def _sources(
+    items: Sequence[Item],
+    counts: dict[str, tuple[int, int]],
+    identity: dict[str, Any],
+    blank: Mapping[str, int] | None,
+) -> str:
+    usable = sum(good for good, _ in counts.values())
     bad = sum(count for _, count in counts.values())
     cells: Counter[str] = Counter()
     pictures: dict[str, set[str]] = defaultdict(set)
@@ -216,9 +224,17 @@ def _sources(items: Sequence[Item], counts: dict[str, tuple[int, int]]) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"- sources: {sum(good for good, _ in counts.values())} usable, {bad} quarantined "
-            "(reasons: quarantine.jsonl)",
+            f"- sources: {usable} usable, {bad} quarantined (reasons: quarantine.jsonl)",
+            *(() if blank is None else (_passed_over(blank, usable, identity["config"]["least_entropy"]),)),
         ]
+    )
+
+
+def _passed_over(blank: Mapping[str, int], usable: int, least: float) -> str:
+    by_class = _names([f"{name} {count}" for name, count in blank.items()])
+    return (
+        f"- passed over, grey levels of less than {least:g} bits of entropy (clip art, cut-outs on a blank ground): "
+        f"{sum(blank.values())} of the {usable} usable" + (f": {by_class}" if by_class else "")
     )
 
 

@@ -29,13 +29,13 @@ CREATE TABLE IF NOT EXISTS source (
     root TEXT, path TEXT, folder TEXT, grp TEXT, sig TEXT, run INTEGER,
     offset INTEGER, size INTEGER, mtime INTEGER, sha BLOB, width INTEGER, height INTEGER,
     p REAL, share REAL, win_row INTEGER, win_col INTEGER, phash INTEGER, bad TEXT,
-    feature BLOB, PRIMARY KEY (root, path));
+    feature BLOB, entropy REAL, PRIMARY KEY (root, path));
 CREATE INDEX IF NOT EXISTS by_group ON source (run, grp);
 CREATE TABLE IF NOT EXISTS deviation (look TEXT PRIMARY KEY, logit REAL, share REAL, sources INTEGER);
 """
 _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
-    "p", "share", "win_row", "win_col", "phash", "bad", "feature",
+    "p", "share", "win_row", "win_col", "phash", "bad", "feature", "entropy",
 )  # fmt: skip
 
 
@@ -64,9 +64,11 @@ _ROW_FIELDS = tuple(field.name for field in fields(Row))[:-1]
 class ScoreStore:
     """The SQLite file. Not for several threads; one build at a time (the build holds a lock)."""
 
-    def __init__(self, path: Path, contents: bool = False) -> None:
-        """`contents`: also keep what was seen by content, for other names, maps and folders (contents.py)."""
+    def __init__(self, path: Path, contents: bool = False, entropy: bool = False) -> None:
+        """`contents`: also keep what was seen by content, for other names, maps and folders (contents.py).
+        `entropy`: a source without one, because it was seen before entropies were kept, is looked at anew."""
         self.path = path
+        self.entropy = entropy
         with self._told():
             self.db = sqlite3.connect(path)
             tables = {name for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -78,13 +80,15 @@ class ScoreStore:
             )
             self._add_columns()
             self.run = int(self.db.execute("SELECT COALESCE(MAX(run), 0) + 1 FROM source").fetchone()[0])
-            self.contents = Contents(self.db, contents)
+            self.contents = Contents(self.db, contents, entropy)
 
     def _add_columns(self) -> None:
-        """`feature` is younger than the other columns: an older file gets it, empty."""
+        """`feature` and then `entropy` are younger than the other columns: an older file gets them, empty."""
         there = tuple(row[1] for row in self.db.execute("PRAGMA table_info(source)"))
-        if there == _COLUMNS[:-1]:
+        if there == _COLUMNS[:-2]:
             self.db.execute("ALTER TABLE source ADD COLUMN feature BLOB")
+        if there in (_COLUMNS[:-2], _COLUMNS[:-1]):
+            self.db.execute("ALTER TABLE source ADD COLUMN entropy REAL")
         elif there != _COLUMNS:
             raise DiskError(
                 f"{self.path} has a table of sources with other columns than ours ({', '.join(there)[:200]}); give "
@@ -129,8 +133,9 @@ class ScoreStore:
             found = self.db.execute(
                 "UPDATE source SET run = ?, grp = ? WHERE root = ? AND path = ? AND size = ? AND mtime = ? "
                 f"AND sig IN ({','.join('?' * len(signatures))}) "
-                f"AND (bad IS NULL OR bad NOT LIKE '{UNREADABLE}%') RETURNING COALESCE(bad, '')",
-                (self.run, s.group, s.root, s.path, located.size, located.mtime_ns, *signatures),
+                f"AND (bad IS NULL OR bad NOT LIKE '{UNREADABLE}%') "
+                "AND (bad IS NOT NULL OR entropy IS NOT NULL OR NOT ?) RETURNING COALESCE(bad, '')",
+                (self.run, s.group, s.root, s.path, located.size, located.mtime_ns, *signatures, self.entropy),
             ).fetchone()
         return None if found is None else str(found[0])
 
@@ -207,13 +212,13 @@ class ScoreStore:
         """
         # Typed columns, filled row by row: the rows of a large class never lie in memory as Python tuples.
         ids, phash, folder = array("q"), array("q"), array("i")
-        p, share, first = array("d"), array("d"), array("b")
+        p, share, entropy, first = array("d"), array("d"), array("d"), array("b")
         sha, vectors = bytearray(), bytearray()
         names: dict[str, int] = {}
         unusable: set[int] = set()
         with self._told():
             for row in self.db.execute(
-                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path), sig"
+                "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path), sig, entropy"
                 f"{', feature' if features else ''} FROM source "
                 "WHERE run = ? AND grp = ? AND length(sha) = 32 GROUP BY sha ORDER BY sha",
                 (self.run, group),
@@ -227,8 +232,9 @@ class ScoreStore:
                 share.append(row[4])
                 phash.append(row[5])
                 first.append(rough is not None and row[8] == rough[0])
+                entropy.append(np.nan if row[9] is None else row[9])
                 if features:
-                    vectors += row[9] or b""
+                    vectors += row[10] or b""
         confidence, shares = np.array(p, np.float64), np.array(share, np.float64)
         unsettled = np.array(first, bool)
         if rough is not None:
@@ -243,6 +249,7 @@ class ScoreStore:
             phash=np.array(phash, np.int64).view(np.uint64),
             rough=unsettled if rough is not None else None,
             features=self._vectors(vectors, len(ids)) if features else None,
+            entropy=np.array(entropy, np.float64),
         )
         return table, unusable
 
@@ -284,6 +291,16 @@ class ScoreStore:
                 (self.run,),
             )
         ]
+
+    def passed_over(self, least_entropy: float) -> dict[str, int]:
+        """Class -> usable sources of this run whose grey levels have less entropy, where there are some, by name."""
+        return dict(
+            self.db.execute(
+                "SELECT grp, COUNT(*) FROM source WHERE run = ? AND bad IS NULL AND entropy < ? "
+                "GROUP BY grp ORDER BY grp",
+                (self.run, least_entropy),
+            )
+        )
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Class -> (usable sources, unusable ones) in this run."""

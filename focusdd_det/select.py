@@ -33,6 +33,7 @@ class Candidates:
         phash: [n] uint64, difference hash of the view.
         features: [n, d] float16, the ViT's, of length 1; only for methods that need them.
         rough: [n] bool, of a screening: p and score are the best that the source can have, not what it has.
+        entropy: [n] float64, of the view's grey levels, bits; NaN where nobody looked.
     """
 
     ids: Order
@@ -43,6 +44,7 @@ class Candidates:
     phash: NDArray[np.uint64]
     features: NDArray[np.float16] | None = None
     rough: NDArray[np.bool_] | None = None
+    entropy: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -51,9 +53,17 @@ class Candidates:
             raise ValueError(f"candidates need columns of one length and sha [n, 32]; got {sizes}, {self.sha.shape}")
         if self.features is not None and (self.features.ndim != 2 or len(self.features) != n):
             raise ValueError(f"candidates need features [{n}, d], got {self.features.shape}")
+        if self.entropy is not None and self.entropy.shape != (n,):
+            raise ValueError(f"candidates need entropy [{n}], got {self.entropy.shape}")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def blank(self, least_entropy: float) -> frozenset[int]:
+        """Positions of sources whose grey levels have less entropy, in bits: clip art, cut-outs on a blank ground."""
+        if self.entropy is None:
+            return frozenset()
+        return frozenset(np.flatnonzero(self.entropy < least_entropy).tolist())
 
 
 def ranked(candidates: Candidates, key: Order, stratify: bool) -> Order:
@@ -114,7 +124,7 @@ def proposals(
         phash: [n] difference hashes by position.
         layout: number of a composite -> how many of each it takes.
         near: a source whose hash differs in at most this many bits from a chosen one is passed over for good; 0: off.
-        banned: positions that turned out to be unusable.
+        banned: positions that turned out to be unusable, or are not wanted.
         reserved: the first so many of `order` never become backgrounds (`selection: paper`).
         reuse: start again when the sources run out (`short_class: reuse`), each time one source further on, so that
             the same sources meet in other groups.

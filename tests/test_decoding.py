@@ -57,7 +57,12 @@ def seen(outcomes: Iterator[tuple[Located, Glance | str]]) -> list[tuple[str, ob
             found.append((located.source.path, outcome))
         else:
             pixels = [view.tobytes() for view in outcome.views]
-            found.append((located.source.path, (outcome.sha, outcome.width, outcome.height, outcome.phash, pixels)))
+            found.append(
+                (
+                    located.source.path,
+                    (outcome.sha, outcome.width, outcome.height, outcome.phash, outcome.entropy, pixels),
+                )
+            )
     return found
 
 

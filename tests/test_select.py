@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_banned_source_changes_only_what_comes_from_it_on() -> None:
     assert without[0] == whole[0]
     assert whole[1].keys == (3, 4, 5)
     assert without[1].keys == (3, 5, 6)
+
+
+def test_sources_of_little_entropy_are_known_by_their_place() -> None:
+    c = dataclasses.replace(candidates([1, 2, 3, 4, 5]), entropy=np.array([3.1999, 3.2, np.nan, 0.0, 7.5]))
+    assert c.blank(3.2) == {0, 3}
+    assert c.blank(0) == dataclasses.replace(c, entropy=None).blank(3.2) == set()
+    with pytest.raises(ValueError, match=r"entropy \[5\]"):
+        dataclasses.replace(c, entropy=np.zeros(4))
 
 
 def test_near_duplicates_are_passed_over() -> None:
