@@ -123,13 +123,11 @@ class Writer:
         """
         self.folder, self.description, self.names = folder, description, tuple(names)
         self.done: dict[str, str] = {}
-        for record in (SEAL, _DONE):  # a folder that was sealed and could not be renamed has only the seal
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                recorded = json.loads((folder / record).read_text(encoding="utf-8"))
-                for name, digest in recorded.items() if isinstance(recorded, dict) else ():
-                    with contextlib.suppress(OSError):
-                        if name in self.names and file_sha256(folder / name) == digest:
-                            self.done[name] = digest
+        recorded = {**_hashes(folder / SEAL), **_hashes(folder / _DONE)}  # SEAL: all but renamed
+        for name in names:
+            with contextlib.suppress(OSError):
+                if name in recorded and file_sha256(folder / name) == recorded[name]:
+                    self.done[name] = recorded[name]
         if self.missing() and (folder / SEAL).exists():  # damaged since
             write_atomic(folder / _DONE, as_json(self.done))
             (folder / SEAL).unlink()
@@ -151,13 +149,15 @@ class Writer:
         write_atomic(self.folder / _DONE, as_json(self.done))
 
     def finish(self, log: Mapping[str, Any]) -> None:
-        """Seal the folder.
+        """Seal the folder; one that is sealed keeps the log of the run that did the work.
 
         Raises:
             DiskError: full disk, no permission.
         """
-        write_atomic(self.folder / LOG, as_json(log))
-        write_atomic(self.folder / SEAL, as_json({**self.done, DESCRIPTION: sha256(as_json(self.description))}))
+        seal = {**self.done, DESCRIPTION: sha256(as_json(self.description))}
+        if _hashes(self.folder / SEAL) != seal:
+            write_atomic(self.folder / LOG, as_json(log))
+            write_atomic(self.folder / SEAL, as_json(seal))
         (self.folder / _DONE).unlink(missing_ok=True)
 
 
@@ -305,6 +305,14 @@ def short(value: Any) -> str:
     """A value in a message."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _hashes(path: Path) -> dict[str, Any]:
+    """File names and their hashes as a JSON file of ours gives them; none where it does not."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _without(content: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
