@@ -236,6 +236,9 @@ def test_another_store_at_the_same_place(store: Path, drawn_set: Path, teacher_f
             store_targets(asked)
     assert store_targets(config(drawn_set, teacher_file, place)).folder == place
     assert bytes_of(place) == before
+    (place / epoch_name(True, 0)).write_bytes(b"damaged")
+    with pytest.raises(VerifyError, match=rf"{epoch_name(True, 0)} is damaged.*overwrite=true"):
+        store_targets(config(drawn_set, teacher_file, place))
     store_targets(config(drawn_set, teacher_file, place, pool=1, close_mosaic=0, overwrite=True))
     assert TargetStore(place).pool == Pool(1, 0)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["set", "soft"]
