@@ -1,7 +1,7 @@
 """A folder of tensor files that is whole or says that it is not: begun as `<out>.incomplete`, gone on with, sealed.
 
 store.json     what determines the bytes;  *.safetensors: the tensors
-COMPLETE       the sha256 of every file above, written last;  store.log.json: command, times
+COMPLETE       the sha256 of every file above, written last;  *.log.json: command, times
 
 Only the same description goes on with an unfinished folder; another one is refused, naming what differs. Files are
 written whole or not at all, and nothing is ever unpickled.
@@ -28,16 +28,17 @@ from focusdd_det.errors import ConfigError, DiskError, VerifyError
 
 DESCRIPTION, SEAL, LOG = "store.json", "COMPLETE", "store.log.json"
 _DONE = "done.json"  # the hashes of the files of an unfinished folder
-_OURS = re.compile(r"COMPLETE|store\.json|store\.log\.json|done\.json|[a-z]+_\d{5,}\.safetensors|\..*\.tmp")
+_OURS = re.compile(r"[a-z]+_\d{5,}\.safetensors|\..*\.tmp")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder holds: the format in its description, the name of it in messages, and how one is made."""
+    """A sort of folder: the format in its description, what it stores, in messages, the tool that makes it, its log."""
 
     format: str
     what: str
     tool: str
+    log: str = LOG
 
     @property
     def again(self) -> str:
@@ -79,9 +80,10 @@ def open_sealed(folder: Path, kind: Kind) -> tuple[dict[str, Any], dict[str, str
         data = (folder / DESCRIPTION).read_bytes()
     except FileNotFoundError as error:
         unfinished = folder.with_name(folder.name + detset.INCOMPLETE)
-        hint = f"; {unfinished} is an unfinished one: run the same command again" if unfinished.is_dir() else ""
+        hint = f"; {unfinished} is an unfinished one: run the same {kind.tool} command again"
+        hint = hint if unfinished.is_dir() else ""
         missing = Path(str(error.filename)).name
-        raise VerifyError(f"{folder} is not a finished {kind.what} (no {missing}){hint}") from error
+        raise VerifyError(f"{folder} is not a finished store of {kind.what} (no {missing}){hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise VerifyError(f"{path}: {error}; {kind.again}") from error
     described = read_description(folder, kind)
@@ -106,38 +108,50 @@ def check_file(path: Path, digest: str, kind: Kind) -> None:
         raise VerifyError(f"{path} is damaged: not the bytes that COMPLETE names; {kind.again} (overwrite=true)")
 
 
+def check_whole(folder: Path, kind: Kind) -> None:
+    """That every file of a finished folder is what COMPLETE says.
+
+    Raises:
+        VerifyError: missing or damaged, naming the file.
+    """
+    for name, digest in open_sealed(folder, kind)[1].items():
+        check_file(folder / name, digest, kind)
+
+
 class Writer:
     """An unfinished folder: files are added in any order, each whole or not at all.
 
     Attributes:
         folder: `<out>.incomplete`.
-        description: store.json.
         names: the tensor files that it will have.
+        done: the hashes of those that are there, intact.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any], names: Sequence[str]) -> None:
-        """Go on with what is there, or begin; the caller holds the lock and has called `begun`.
-
-        Raises:
-            DiskError: full disk, no permission.
-        """
-        self.folder, self.description, self.names = folder, description, tuple(names)
+    def __init__(self, folder: Path, names: Sequence[str], kind: Kind) -> None:
+        """Look at what is there; the caller holds the lock and has called `begun`."""
+        self.folder, self.names, self.kind = folder, tuple(names), kind
         self.done: dict[str, str] = {}
-        for record in (SEAL, _DONE):  # a folder that was sealed and could not be renamed has only the seal
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                recorded = json.loads((folder / record).read_text(encoding="utf-8"))
-                for name, digest in recorded.items() if isinstance(recorded, dict) else ():
-                    with contextlib.suppress(OSError):
-                        if name in self.names and file_sha256(folder / name) == digest:
-                            self.done[name] = digest
-        if self.missing() and (folder / SEAL).exists():  # damaged since
-            write_atomic(folder / _DONE, as_json(self.done))
-            (folder / SEAL).unlink()
-        write_atomic(folder / DESCRIPTION, as_json(description))
+        recorded = {**_hashes(folder / SEAL), **_hashes(folder / _DONE)}  # SEAL: all but renamed
+        for name in names:
+            with contextlib.suppress(OSError):
+                if name in recorded and file_sha256(folder / name) == recorded[name]:
+                    self.done[name] = recorded[name]
 
     def missing(self) -> list[str]:
         """The files that are not written yet, in order."""
         return [name for name in self.names if name not in self.done]
+
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Write store.json; what is there is kept.
+
+        Raises:
+            DiskError: full disk, no permission.
+        """
+        self._description = as_json(description)
+        if self.missing() and (self.folder / SEAL).exists():  # damaged since
+            write_atomic(self.folder / _DONE, as_json(self.done))
+            (self.folder / SEAL).unlink()
+        write_atomic(self.folder / DESCRIPTION, self._description)
 
     def add(self, name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
         """Write a file.
@@ -151,18 +165,20 @@ class Writer:
         write_atomic(self.folder / _DONE, as_json(self.done))
 
     def finish(self, log: Mapping[str, Any]) -> None:
-        """Seal the folder.
+        """Seal the folder; one that is sealed keeps the log of the run that did the work.
 
         Raises:
             DiskError: full disk, no permission.
         """
-        write_atomic(self.folder / LOG, as_json(log))
-        write_atomic(self.folder / SEAL, as_json({**self.done, DESCRIPTION: sha256(as_json(self.description))}))
+        seal = {**self.done, DESCRIPTION: sha256(self._description)}
+        if _hashes(self.folder / SEAL) != seal:
+            write_atomic(self.folder / self.kind.log, as_json(log))
+            write_atomic(self.folder / SEAL, as_json(seal))
         (self.folder / _DONE).unlink(missing_ok=True)
 
 
 def is_there(out: Path, description: Mapping[str, Any], measured: Sequence[str], overwrite: bool, kind: Kind) -> bool:
-    """Whether the folder that is asked for is at `out` already, complete and intact.
+    """Whether the folder that is asked for is at `out` already; whether it is intact is still to be checked.
 
     Args:
         measured: keys of the description that are found out on the way, and so not compared.
@@ -170,22 +186,22 @@ def is_there(out: Path, description: Mapping[str, Any], measured: Sequence[str],
     Raises:
         ConfigError: another of this kind is there, naming what differs.
         DiskError: something that is not ours.
-        VerifyError: it is damaged.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     old = read_description(out, kind)
     if old is None:
-        raise DiskError(f"{out} exists and is no {kind.what}; nothing there is touched. Choose another `out`")
+        raise DiskError(
+            f"{out} exists and is no store of this program that holds {kind.what}; nothing there is touched. Choose "
+            "another `out`"
+        )
     if overwrite:
         return False
     if differences := compare(_without(old, measured), description):
         raise ConfigError(
-            f"{out} holds another {kind.what}:\n  " + "\n  ".join(differences) + "\nchoose another `out`, or replace "
-            "it with overwrite=true"
+            f"{out} holds another store of {kind.what}:\n  " + "\n  ".join(differences) + "\nchoose another `out`, or "
+            "replace it with overwrite=true"
         )
-    for name, digest in open_sealed(out, kind)[1].items():
-        check_file(out / name, digest, kind)
     return True
 
 
@@ -202,13 +218,13 @@ def begun(
         return None
     old = read_description(work, kind)
     if old is None:
-        raise DiskError(f"{work} holds no unfinished {kind.what}; move it away, or choose another `out`")
+        raise DiskError(f"{work} holds no unfinished store of {kind.what}; move it away, or choose another `out`")
     differences = compare(_without(old, measured), description)
     if not differences and set(measured) <= set(old):
         return old
     if not overwrite:
         raise ConfigError(
-            f"{work} is an unfinished {kind.what} that was begun otherwise:\n  "
+            f"{work} is an unfinished store of {kind.what} that was begun otherwise:\n  "
             + "\n  ".join(differences or [f"{', '.join(measured)}: missing"])
             + "\ngive what it was begun with, choose another `out`, or begin again with overwrite=true"
         )
@@ -218,18 +234,26 @@ def begun(
 
 @contextlib.contextmanager
 def working(out: Path) -> Iterator[Path]:
-    """`<out>.incomplete`, made and locked.
+    """`<out>.incomplete`, made and locked. If this made it and leaves nothing in it, it goes again.
 
     Raises:
         DiskError: it cannot be made, or another process writes there.
     """
     work = out.with_name(out.name + detset.INCOMPLETE)
+    is_new = not work.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
     with detset.locked(work):
-        yield work
+        try:
+            yield work
+        except BaseException:
+            if is_new and [path.name for path in work.iterdir()] == [".lock"]:
+                with contextlib.suppress(OSError):
+                    (work / ".lock").unlink()
+                    work.rmdir()
+            raise
 
 
 def publish(work: Path, out: Path, overwrite: bool, kind: Kind) -> None:
@@ -243,15 +267,16 @@ def publish(work: Path, out: Path, overwrite: bool, kind: Kind) -> None:
         (work / ".lock").unlink(missing_ok=True)
         if out.exists() and any(out.iterdir()):
             if not overwrite or read_description(out, kind) is None:
-                raise DiskError(f"{out} appeared meanwhile; the new {kind.what} is complete in {work}: move it")
+                raise DiskError(f"{out} appeared meanwhile; the new store is complete in {work}: move it yourself")
             if replaced.exists():  # of a replacement that was cut off
                 remove(replaced, kind)
             out.replace(replaced)
         work.replace(out)
+        (out / ".lock").unlink(missing_ok=True)  # of a process that came meanwhile
     except OSError as error:
         raise DiskError(
-            f"the {kind.what} is complete in {work} but cannot be renamed to {out}: {error.strerror}; fix that and run "
-            "the same command again"
+            f"the store of {kind.what} is complete in {work} but cannot be renamed to {out}: {error.strerror}; fix "
+            "that and run the same command again"
         ) from error
     if replaced.exists():
         remove(replaced, kind)
@@ -275,9 +300,10 @@ def _clear(folder: Path, kind: Kind) -> None:
     if read_description(folder, kind) is None:
         raise DiskError(f"{folder} holds no {DESCRIPTION} of this program; it is not removed. Choose another `out`")
     present = sorted(path for path in folder.iterdir() if path.name != ".lock")
-    strays = [path.name for path in present if not _OURS.fullmatch(path.name) or path.is_dir()]
+    ours = (DESCRIPTION, SEAL, kind.log, _DONE)
+    strays = [p.name for p in present if not (p.name in ours or _OURS.fullmatch(p.name)) or p.is_dir()]
     if strays:
-        raise DiskError(f"{folder} holds {', '.join(strays[:5])} beside the {kind.what}; move that away first")
+        raise DiskError(f"{folder} holds {', '.join(strays[:5])} beside the store; move that away first")
     try:
         for path in sorted(present, key=lambda path: path.name == DESCRIPTION):
             path.unlink()
@@ -305,6 +331,14 @@ def short(value: Any) -> str:
     """A value in a message."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _hashes(path: Path) -> dict[str, Any]:
+    """File names and their hashes as a JSON file of ours gives them; none where it does not."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _without(content: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

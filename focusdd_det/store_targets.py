@@ -187,18 +187,20 @@ def store_targets(config: TargetsConfig) -> TargetsResult:
     out = job.out()
     description = job.description()
     if sealed.is_there(out, description, MEASURED, config.overwrite, KIND):
+        sealed.check_whole(out, KIND)
         log.info("%s is this store, complete and intact", out)
         return TargetsResult(out, _size(out))
     with sealed.working(out) as work:
         old = sealed.begun(work, description, MEASURED, config.overwrite, KIND)
         description["pilot"] = old["pilot"] if old else job.pilot()
         log.info("%s", job.estimate(description["pilot"]))
-        writer = sealed.Writer(work, description, pool_files(config.pools))
+        writer = sealed.Writer(work, pool_files(config.pools), KIND)
         missing = writer.missing()
         need = int(len(missing) * job.bytes_of_epoch(description["pilot"]) * SPARE) + 1_000_000
         sealed.require_space(work, need, "choose another `out`, a smaller `pool` or a higher `floor`")
         if old:
             log.info("going on in %s: %d of %d epochs are there", work, len(writer.done), len(writer.names))
+        writer.begin(description)
         with progress_bar(len(missing) * len(job.dataset), "soft targets") as bar:
             for name in writer.names:  # mixed ones first: closing mosaic cannot be undone
                 if name in missing:

@@ -30,7 +30,7 @@ from focusdd_det.replay import LOOK, Pool, View
 from focusdd_det.sealed import SEAL, Kind, check_file, open_sealed, short
 from focusdd_det.sparse_heads import SparseHeads, join
 
-KIND = Kind("focusdd_det soft targets 1", "store of soft targets", "tools/store_targets.py")
+KIND = Kind("focusdd_det soft targets 1", "soft targets", "tools/store_targets.py")
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # what Ultralytics' close_mosaic sets to 0
 AUGMENTATION = (  # every key of Ultralytics that decides the pixels of a training view
     *MIXING, "copy_paste_mode", "degrees", "translate", "scale", "shear", "perspective", "flipud", "fliplr", "bgr",

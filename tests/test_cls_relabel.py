@@ -20,12 +20,11 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file
 from torch import nn
 
-from focusdd_det import detset
+from focusdd_det import detset, sealed
 from focusdd_det.classify import relabel as relabelling
-from focusdd_det.classify import store as logit_store
 from focusdd_det.classify.accuracy import Accuracy
 from focusdd_det.classify.relabel import load_config, relabel, relabel_command
-from focusdd_det.classify.store import LogitStore
+from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher
 from focusdd_det.config import cfg_dir, parse_yaml
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
@@ -60,7 +59,7 @@ def content(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.name != logit_store.LOG
+        if path.name != KIND.log
     }
 
 
@@ -69,14 +68,14 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
-    add = logit_store.StoreWriter.add
+    add = sealed.Writer.add
 
-    def interrupted(self: logit_store.StoreWriter, epoch: int, tensors: Any) -> None:
+    def interrupted(self: sealed.Writer, name: str, tensors: Any) -> None:
         if len(self.done) == epochs:
             raise Stop
-        add(self, epoch, tensors)
+        add(self, name, tensors)
 
-    monkeypatch.setattr(logit_store.StoreWriter, "add", interrupted)
+    monkeypatch.setattr(sealed.Writer, "add", interrupted)
 
 
 @pytest.mark.parametrize("options", [{}, {"topk": 2, "temperature": 0.2}])
@@ -115,7 +114,7 @@ def test_another_batch_gives_the_same_views_and_near_logits(place: Place) -> Non
     for batch in (5, 64):
         relabel(place.config(batch=batch, out=str(place.out(f"b{batch}"))))
     for epoch in range(4):
-        first, second = (load_file(place.out(f"b{b}") / logit_store.epoch_name(epoch)) for b in (5, 64))
+        first, second = (load_file(place.out(f"b{b}") / epoch_name(epoch)) for b in (5, 64))
         assert torch.equal(first["views"], second["views"])
         torch.testing.assert_close(first["logits"].float(), second["logits"].float(), rtol=2e-3, atol=2e-3)
 
@@ -238,7 +237,7 @@ def test_logits_beyond_float16_are_refused(place: Place) -> None:
 def test_a_full_disk_is_said_before_the_work(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(logit_store.shutil, "disk_usage", lambda _: usage(1, 1, 100))
+        patch.setattr(sealed.shutil, "disk_usage", lambda _: usage(1, 1, 100))
         with pytest.raises(DiskError, match="GB needed"):
             relabel(place.config())
     relabel(place.config())
@@ -268,7 +267,7 @@ def test_nothing_but_plain_files_without_times_is_vouched_for(place: Place) -> N
     text = (place.out() / "store.json").read_text()
     assert str(place.folder) not in text
     assert {p.suffix for p in place.out().iterdir()} == {".json", ".safetensors", ""}
-    assert "command" in json.loads((place.out() / logit_store.LOG).read_text())
+    assert "command" in json.loads((place.out() / KIND.log).read_text())
 
 
 def test_every_key_of_the_config_is_explained() -> None:
@@ -303,7 +302,7 @@ def test_the_size_alone(place: Place, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_store_that_is_all_but_published_is_only_published(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     relabel(place.config())
-    log = (place.out() / logit_store.LOG).read_bytes()
+    log = (place.out() / KIND.log).read_bytes()
     before = content(place.out())
     place.out().replace(place.out("out.incomplete"))
     monkeypatch.setattr(relabelling, "_Job", None)  # nothing is labelled
@@ -319,7 +318,7 @@ def test_a_store_that_is_all_but_published_is_only_published(place: Place, monke
         with pytest.raises(DiskError, match=r"complete in .* cannot be renamed(.|\n)*same command again"):
             relabel(place.config())
     relabel(place.config(workers=2))
-    assert content(place.out()) == before and (place.out() / logit_store.LOG).read_bytes() == log
+    assert content(place.out()) == before and (place.out() / KIND.log).read_bytes() == log
     assert not place.out("out.incomplete").exists()
 
 
@@ -385,12 +384,12 @@ def test_a_full_disk_is_said_before_the_teacher_is_asked(place: Place, monkeypat
         with pytest.raises(Stop):
             relabel(place.config())
     with monkeypatch.context() as patch:
-        patch.setattr(logit_store.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))  # one epoch more, not two
+        patch.setattr(sealed.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))  # one epoch more, not two
         patch.setattr(relabelling, "_Job", None)
         with pytest.raises(DiskError, match="GB needed"):
             relabel(place.config(topk=3, out=str(place.out("other"))))
         patch.undo()
-        patch.setattr(logit_store.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))
+        patch.setattr(sealed.shutil, "disk_usage", lambda _: usage(1, 1, 102_000))
         relabel(place.config())
     assert not place.out("other.incomplete").exists()
 

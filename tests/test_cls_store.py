@@ -16,11 +16,11 @@ from class_data import CLASSES, write_class_set, write_teacher
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from focusdd_det.classify import store as logit_store
+from focusdd_det import sealed
 from focusdd_det.classify.classset import read_class_set
 from focusdd_det.classify.loss import soft_cross_entropy, soft_cross_entropy_topk
 from focusdd_det.classify.relabel import load_config, relabel
-from focusdd_det.classify.store import LogitStore, bytes_of_epoch, is_store, remove_store
+from focusdd_det.classify.store import KIND, LogitStore, bytes_of_epoch, epoch_name
 from focusdd_det.classify.teacher import load_classifier
 from focusdd_det.classify.views import FIELDS, ViewDataset, ViewSettings, draw
 from focusdd_det.detset import sha256
@@ -170,16 +170,16 @@ def test_only_a_store_is_removed(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "whole", tmp_path / "store")
     (tmp_path / "store" / "thesis.txt").write_text("mine")
     with pytest.raises(DiskError, match=r"thesis\.txt"):
-        remove_store(tmp_path / "store")
+        sealed.remove(tmp_path / "store", KIND)
     assert len(list((tmp_path / "store").iterdir())) == POOL + 4
     (tmp_path / "store" / "thesis.txt").unlink()
-    remove_store(tmp_path / "store")
+    sealed.remove(tmp_path / "store", KIND)
     assert not (tmp_path / "store").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "store.json").write_text(json.dumps({"format": "of somebody else"}))
-    assert not is_store(tmp_path / "other")
+    assert sealed.read_description(tmp_path / "other", KIND) is None
     with pytest.raises(DiskError, match="not removed"):
-        remove_store(tmp_path / "other")
+        sealed.remove(tmp_path / "other", KIND)
 
 
 Change = Callable[[Any], object]
@@ -287,7 +287,7 @@ def test_a_stored_crop_outside_its_picture_names_store_and_picture(made: Path, t
 
 
 def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter, hashed = tmp_path / "hashed", logit_store.file_sha256
+    counter, hashed = tmp_path / "hashed", sealed.file_sha256
 
     def counted(path: Path) -> str:
         with counter.open("a") as file:
@@ -295,7 +295,7 @@ def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monke
         time.sleep(0.3)  # so that the other one comes meanwhile
         return hashed(path)
 
-    monkeypatch.setattr(logit_store, "file_sha256", counted)
+    monkeypatch.setattr(sealed, "file_sha256", counted)
     store = LogitStore(made / "whole")
     data = ViewDataset(read_class_set(made / "set", "train"), store.settings, store=store)
     places: Any = [(epoch, index) for epoch in range(POOL) for index in range(4)]
@@ -303,4 +303,4 @@ def test_loading_processes_hash_each_file_once(made: Path, tmp_path: Path, monke
     assert len([batch["index"] for batch in loader]) == len(places)
     for epoch in range(POOL):
         store.row(epoch, 0)
-    assert sorted(counter.read_text().split()) == [logit_store.epoch_name(epoch) for epoch in range(POOL)]
+    assert sorted(counter.read_text().split()) == [epoch_name(epoch) for epoch in range(POOL)]

@@ -200,7 +200,8 @@ def test_a_stopped_store_goes_on_to_the_same_bytes(
 def test_a_finished_store_that_could_not_be_renamed_is_only_published(
     store: Path, drawn_set: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All the teacher's work is done by then: none of it is done again, but for a file that was damaged since."""
+    """All the teacher's work is done by then: none of it is done again, but for a file that was damaged since; the log
+    is of the run that did the work."""
     added: list[str] = []
     add: Callable[..., None] = sealed.Writer.add
 
@@ -217,6 +218,7 @@ def test_a_finished_store_that_could_not_be_renamed_is_only_published(
         store_targets(config(drawn_set, teacher_file, place))
         assert added == damaged
         assert bytes_of(place) == bytes_of(store)
+        assert ((place / sealed.LOG).read_bytes() == (store / sealed.LOG).read_bytes()) is not bool(damaged)
 
 
 def test_another_store_at_the_same_place(store: Path, drawn_set: Path, teacher_file: Path, tmp_path: Path) -> None:
@@ -234,6 +236,9 @@ def test_another_store_at_the_same_place(store: Path, drawn_set: Path, teacher_f
             store_targets(asked)
     assert store_targets(config(drawn_set, teacher_file, place)).folder == place
     assert bytes_of(place) == before
+    (place / epoch_name(True, 0)).write_bytes(b"damaged")
+    with pytest.raises(VerifyError, match=rf"{epoch_name(True, 0)} is damaged.*overwrite=true"):
+        store_targets(config(drawn_set, teacher_file, place))
     store_targets(config(drawn_set, teacher_file, place, pool=1, close_mosaic=0, overwrite=True))
     assert TargetStore(place).pool == Pool(1, 0)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["set", "soft"]

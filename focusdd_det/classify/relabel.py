@@ -10,7 +10,6 @@ replaced by another one of as many bytes is not noticed.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import platform
@@ -27,15 +26,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focusdd_det import detset
+from focusdd_det import detset, sealed
 from focusdd_det.classify import store as logit_store
 from focusdd_det.classify.accuracy import Accuracy, accuracy
 from focusdd_det.classify.classset import ClassSet, read_class_set
-from focusdd_det.classify.store import LogitStore, StoreWriter
+from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, ahead
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
-from focusdd_det.errors import ConfigError, DiskError, VerifyError, WeightsError
+from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.types import Image
 
@@ -185,16 +184,19 @@ def relabel(config: RelabelConfig) -> RelabelResult:
         config.download,
     )  # fmt: skip
     description = _description(config, class_set, eval_set, teacher, device)
-    finished = _finished(out, description, config.overwrite)
-    if finished is not None:
+    if sealed.is_there(out, description, MEASURED, config.overwrite, KIND):
+        store = LogitStore(out)
+        for epoch in range(store.pool):
+            store.view(epoch, 0)
         log.info("%s is this store, complete and intact", out)
-        return finished
-    with _workplace(work):
-        old = _begun(work, description, config.overwrite)
-        writer = StoreWriter(work, config.epochs)
-        missing = writer.missing()
+        return _result(out, store.accuracy)
+    with sealed.working(out):
+        old = sealed.begun(work, description, MEASURED, config.overwrite, KIND)
+        writer = sealed.Writer(work, [epoch_name(epoch) for epoch in range(config.epochs)], KIND)
+        missing = [epoch for epoch, name in enumerate(writer.names) if name not in writer.done]
         per_epoch = logit_store.bytes_of_epoch(len(class_set), len(class_set.names), config.topk)
-        logit_store.require_space(work, int(len(missing) * (per_epoch + 1000) * 1.02) + 100_000)
+        need = int(len(missing) * (per_epoch + 1000) * 1.02) + 100_000
+        sealed.require_space(work, need, "choose another `out`, fewer `epochs` or a `topk`")
         if old:
             log.info("going on in %s: %d of %d epochs are there", work, config.epochs - len(missing), config.epochs)
             description |= {key: old[key] for key in MEASURED}
@@ -205,34 +207,15 @@ def relabel(config: RelabelConfig) -> RelabelResult:
             writer.begin(description)
             with progress_bar(len(missing) * len(class_set), "labelling views") as bar:
                 for epoch, tensors in job.label(missing, bar.update):
-                    writer.add(epoch, tensors)
+                    writer.add(epoch_name(epoch), tensors)
         else:
             writer.begin(description)
         writer.finish(_log(config, device, time.monotonic() - started))
-    _publish(work, out, config.overwrite)
-    return _result(out, description)
+    sealed.publish(work, out, config.overwrite, KIND)
+    return _result(out, description["accuracy"])
 
 
 # --- before the work
-
-
-@contextlib.contextmanager
-def _workplace(work: Path) -> Iterator[None]:
-    """The folder that a store is built in, locked. If this made it and leaves nothing in it, it goes again."""
-    is_new = not work.exists()
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
-    with detset.locked(work):
-        try:
-            yield
-        except BaseException:
-            if is_new and [path.name for path in work.iterdir()] == [".lock"]:
-                with contextlib.suppress(OSError):
-                    (work / ".lock").unlink()
-                    work.rmdir()
-            raise
 
 
 def _out(config: RelabelConfig, class_set: ClassSet) -> Path:
@@ -265,7 +248,7 @@ def _description(
     """
     views = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config.views).items()}
     return {
-        "format": logit_store.FORMAT,
+        "format": KIND.format,
         "set": {"sha256": class_set.sha256, "names": list(class_set.names), "n": len(class_set)},
         "teacher": {
             "name": Path(teacher.name).name,
@@ -284,52 +267,6 @@ def _description(
         "dtype": "float16",
         "versions": {name: version(name) for name in PACKAGES},
     }
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return logit_store.compare({k: v for k, v in old.items() if k not in MEASURED}, new)
-
-
-def _finished(out: Path, description: dict[str, Any], overwrite: bool) -> RelabelResult | None:
-    """The store at `out`, if it is the one that is asked for; None if the place is free or may be overwritten."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    old = logit_store.read_description(out)
-    if old is None:
-        raise DiskError(f"{out} exists and is no store of this program; nothing there is touched. Choose another `out`")
-    if overwrite:
-        return None
-    differences = _differences(old, description)
-    if differences:
-        raise ConfigError(
-            f"{out} holds another store:\n  " + "\n  ".join(differences) + "\nchoose another `out`, or replace it with "
-            "overwrite=true"
-        )
-    found = LogitStore(out)
-    for epoch in range(found.pool):
-        found.view(epoch, 0)
-    return _result(out, found.description)
-
-
-def _begun(work: Path, description: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The description of an unfinished store that can be gone on with; None: begin."""
-    strangers = [path for path in work.iterdir() if path.name != ".lock" and not path.name.endswith(".tmp")]
-    if not strangers:
-        return None
-    old = logit_store.read_description(work)
-    if old is None:
-        raise DiskError(f"{work} holds no unfinished store of this program; move it away, or choose another `out`")
-    differences = _differences(old, description)
-    if not differences and set(MEASURED) <= set(old):
-        return old
-    if not overwrite:
-        raise ConfigError(
-            f"{work} is an unfinished store that was begun otherwise:\n  "
-            + "\n  ".join(differences or ["accuracy: missing"])
-            + "\ngive what it was begun with, choose another `out`, or begin again with overwrite=true"
-        )
-    logit_store.clear_store(work)
-    return None
 
 
 def _measure(job: _Job, eval_set: ClassSet | None) -> dict[str, Any] | None:
@@ -478,31 +415,9 @@ def _log(config: RelabelConfig, device: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def _publish(work: Path, out: Path, overwrite: bool) -> None:
-    """`<out>.incomplete` becomes `out`; an older store makes room only now that the new one is whole."""
-    replaced = out.with_name(out.name + ".replaced")
-    try:
-        (work / ".lock").unlink(missing_ok=True)
-        if out.exists() and any(out.iterdir()):
-            if not overwrite or not logit_store.is_store(out):
-                raise DiskError(f"{out} appeared meanwhile; the new store is complete in {work}: move it yourself")
-            if replaced.exists():  # of a replacement that was cut off
-                logit_store.remove_store(replaced)
-            out.replace(replaced)
-        work.replace(out)
-        (out / ".lock").unlink(missing_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"the store is complete in {work} but cannot be renamed to {out}: {error.strerror}; fix that and run the "
-            "same command again"
-        ) from error
-    if replaced.exists():
-        logit_store.remove_store(replaced)
-
-
-def _result(out: Path, description: dict[str, Any]) -> RelabelResult:
+def _result(out: Path, accuracy: dict[str, Any] | None) -> RelabelResult:
     try:
         size = sum(path.stat().st_size for path in out.iterdir())
     except OSError as error:
         raise VerifyError(f"cannot read {out}: {error.strerror}") from error
-    return RelabelResult(out, size, description["accuracy"])
+    return RelabelResult(out, size, accuracy)

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import math
-import re
-import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,22 +24,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.classify.views import FIELDS, Row, ViewSettings
-from focusdd_det.detset import file_sha256, sha256, write_atomic
-from focusdd_det.errors import ConfigError, DiskError, VerifyError
+from focusdd_det.detset import sha256
+from focusdd_det.errors import ConfigError, VerifyError
+from focusdd_det.sealed import DESCRIPTION, SEAL, Kind, check_file, open_sealed
 
-FORMAT = "focusdd_det logits 1"
-LOG = "relabel.log.json"
-_DONE = "done.json"  # the hashes of the epochs of an unfinished store
-_OURS = re.compile(r"COMPLETE|store\.json|relabel\.log\.json|done\.json|epoch_\d{5,}\.safetensors|\..*\.tmp")
+KIND = Kind("focusdd_det logits 1", "logits", "tools/relabel_cls.py", log="relabel.log.json")
 _OPEN_EPOCHS = 4
 _ROWS = 4096  # logits that are looked through at once
 _DTYPES = {"views": "I32", "logits": "F16", "values": "F16", "indices": "I32", "rest": "F32"}
-_AGAIN = "make it again with tools/relabel_cls.py"
 
 
 def epoch_name(epoch: int) -> str:
@@ -53,32 +46,6 @@ def epoch_name(epoch: int) -> str:
 def bytes_of_epoch(pictures: int, classes: int, topk: int) -> int:
     """Size of an epoch's file, without its header of some 300 bytes."""
     return pictures * (4 * len(FIELDS) + (topk * 6 + 4 if topk else classes * 2))
-
-
-def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two descriptions: `key: old value, now new value`."""
-    lines = []
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += compare(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {_short(a)}, now {_short(b)}")
-    return lines
-
-
-def is_store(folder: Path) -> bool:
-    """Whether a folder holds a store, or part of one, of this package."""
-    return read_description(folder) is not None
-
-
-def read_description(folder: Path) -> dict[str, Any] | None:
-    """store.json of a folder; None where there is none of ours."""
-    try:
-        content = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
 
 
 class LogitStore:
@@ -102,21 +69,17 @@ class LogitStore:
             VerifyError: no store, an unfinished or a damaged one.
         """
         self.folder = Path(folder)
-        seal = self._read_seal()
-        self.description = self._read_description(seal)
+        self.description, self._hashes = open_sealed(self.folder, KIND)
         try:
             self._take(self.description)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise VerifyError(
-                f"{self.folder / 'store.json'}: not a description of a store: {what}; {_AGAIN}"
+                f"{self.folder / DESCRIPTION}: not a description of a store: {what}; {KIND.again}"
             ) from error
-        if len(seal) != self.pool + 1 or set(seal) != {"store.json", *map(epoch_name, range(self.pool))}:
-            raise VerifyError(
-                f"{self.folder / 'COMPLETE'} does not name the {self.pool} epochs of store.json; {_AGAIN}"
-            )
-        self.sha256 = sha256((self.folder / "COMPLETE").read_bytes())
-        self._hashes = seal
+        if len(self._hashes) != self.pool or set(self._hashes) != set(map(epoch_name, range(self.pool))):
+            raise VerifyError(f"{self.folder / SEAL} does not name the {self.pool} epochs of store.json; {KIND.again}")
+        self.sha256 = sha256((self.folder / SEAL).read_bytes())
         self._checked = torch.zeros(self.pool, dtype=torch.uint8)
         with contextlib.suppress(RuntimeError, OSError):  # what one loading process checked, the others need not
             self._checked.share_memory_()  # type: ignore[no-untyped-call]
@@ -175,22 +138,23 @@ class LogitStore:
             raise VerifyError(
                 f"{self.folder} was made for "
                 + ("these classes in another order" if same else f"{len(self.names)} other classes")
-                + f": {_names(self.names)}\n  the set has: {_names(class_set.names)}\n{_AGAIN.capitalize()}"
+                + f": {_names(self.names)}\n  the set has: {_names(class_set.names)}\n{KIND.again.capitalize()}"
             )
         if class_set.sha256 != self._set or len(class_set) != self._pictures:
             raise VerifyError(
                 f"{self.folder} was made for another set ({self._pictures} pictures, sha256 {self._set[:12]}) than "
-                f"{class_set.folder} ({len(class_set)} pictures, sha256 {class_set.sha256[:12]}); {_AGAIN} for this set"
+                f"{class_set.folder} ({len(class_set)} pictures, sha256 {class_set.sha256[:12]}); {KIND.again} for "
+                "this set"
             )
         if size != self.settings.size:
             raise ConfigError(
                 f"{self.folder} holds views of {self.settings.size} px, but {size} px are asked for; train at "
-                f"imgsz={self.settings.size}, or {_AGAIN} with size={size}"
+                f"imgsz={self.settings.size}, or {KIND.again} with size={size}"
             )
         if pool > self.pool:
             raise ConfigError(
                 f"{self.folder} holds {self.pool} epochs of views, but pool={pool} are asked for; give at most that, "
-                f"or {_AGAIN} with epochs={pool}"
+                f"or {KIND.again} with epochs={pool}"
             )
 
     def row(self, epoch: int, index: int) -> tuple[Row, dict[str, Tensor]]:
@@ -231,12 +195,7 @@ class LogitStore:
     def _check_file(self, epoch: int, path: Path) -> None:
         if self._checked[epoch]:  # by another process meanwhile
             return
-        try:
-            digest = file_sha256(path)
-        except OSError as error:
-            raise VerifyError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
-        if digest != self._hashes[path.name]:
-            raise VerifyError(f"{path} is damaged: not the bytes that COMPLETE names; {_AGAIN} (overwrite=true)")
+        check_file(path, self._hashes[path.name], KIND)
         _Epoch(path, self._pictures, len(self.names), self.topk).check(self.settings.size)
         self._checked[epoch] = 1
 
@@ -249,35 +208,6 @@ class LogitStore:
                 file = stack.enter_context(path.open("rb"))
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file
             yield
-
-    def _read_seal(self) -> dict[str, str]:
-        path = self.folder / "COMPLETE"
-        try:
-            seal = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(seal, dict) or not all(isinstance(value, str) for value in seal.values()):
-                raise ValueError("expected a hash for each file")
-        except FileNotFoundError as error:
-            unfinished = self.folder.with_name(self.folder.name + ".incomplete")
-            hint = (
-                f"; {unfinished} is an unfinished one: run the same relabel command again"
-                if unfinished.is_dir()
-                else ""
-            )
-            raise VerifyError(f"{self.folder} is not a finished store of logits (no COMPLETE){hint}") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise VerifyError(f"{path}: {error}; {_AGAIN}") from error
-        return seal
-
-    def _read_description(self, seal: Mapping[str, str]) -> dict[str, Any]:
-        path = self.folder / "store.json"
-        try:
-            digest = sha256(path.read_bytes())
-        except OSError as error:
-            raise VerifyError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from error
-        described = read_description(self.folder)
-        if described is None or digest != seal.get("store.json"):
-            raise VerifyError(f"{path} is damaged: not the bytes that COMPLETE names; {_AGAIN} (overwrite=true)")
-        return described
 
 
 class _Epoch:
@@ -302,7 +232,7 @@ class _Epoch:
             self._rest: Tensor | None = file.get_tensor("rest") if topk else None
             self._slices = {key: part for key, part in slices.items() if key not in ("views", "rest")}
         except Exception as error:  # safetensors raises its own kinds
-            raise VerifyError(f"{path}: {error}; {_AGAIN}") from error
+            raise VerifyError(f"{path}: {error}; {KIND.again}") from error
 
     def check(self, size: int) -> None:
         """Refuse what no relabelling writes; whether a crop lies in its picture shows when that is decoded.
@@ -339,127 +269,13 @@ class _Epoch:
     def _require(self, good: NDArray[np.bool_], what: str, first: int = 0) -> None:
         if not good.all():
             bad = first + int(np.argmin(good))
-            raise VerifyError(f"{self._path}: picture {bad}: {what.format(*self.views[bad].tolist())}; {_AGAIN}")
+            raise VerifyError(f"{self._path}: picture {bad}: {what.format(*self.views[bad].tolist())}; {KIND.again}")
 
     def soft(self, index: int) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {key: part[index : index + 1][0] for key, part in self._slices.items()}
         if self._rest is not None:
             found["rest"] = self._rest[index]
         return found
-
-
-class StoreWriter:
-    """An unfinished store: epochs are added in any order, each whole or not at all.
-
-    Attributes:
-        folder: `<store>.incomplete`.
-        pool: how many epochs it will have.
-        done: the hashes of those that are there, intact.
-    """
-
-    def __init__(self, folder: Path, pool: int) -> None:
-        """Look at what is there; the caller holds the lock and has compared the descriptions."""
-        self.folder, self.pool = folder, pool
-        self.done: dict[str, str] = {}
-        recorded = {**_hashes(folder / "COMPLETE"), **_hashes(folder / _DONE)}  # COMPLETE: all but published
-        for name in map(epoch_name, range(pool)):
-            with contextlib.suppress(OSError):
-                if name in recorded and file_sha256(folder / name) == recorded[name]:
-                    self.done[name] = recorded[name]
-
-    def missing(self) -> list[int]:
-        """The epochs that are not written yet."""
-        return [epoch for epoch in range(self.pool) if epoch_name(epoch) not in self.done]
-
-    def begin(self, description: Mapping[str, Any]) -> None:
-        """Write store.json; what is there is kept.
-
-        Raises:
-            DiskError: full disk, no permission.
-        """
-        self._description = _json(description)
-        if self.missing() and (self.folder / "COMPLETE").exists():  # an epoch was damaged since
-            write_atomic(self.folder / _DONE, _json(self.done))
-            (self.folder / "COMPLETE").unlink()
-        write_atomic(self.folder / "store.json", self._description)
-
-    def add(self, epoch: int, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Write an epoch.
-
-        Raises:
-            DiskError: full disk, no permission.
-        """
-        data = bytes(save_tensors(dict(tensors)))
-        write_atomic(self.folder / epoch_name(epoch), data)
-        self.done[epoch_name(epoch)] = sha256(data)
-        write_atomic(self.folder / _DONE, _json(self.done))
-
-    def finish(self, log: Mapping[str, Any]) -> None:
-        """Seal the store; one that is sealed is left as it is, with the log of the run that did the work.
-
-        Raises:
-            DiskError: full disk, no permission.
-        """
-        seal = {**self.done, "store.json": sha256(self._description)}
-        if _hashes(self.folder / "COMPLETE") != seal:
-            write_atomic(self.folder / LOG, _json(log))
-            write_atomic(self.folder / "COMPLETE", _json(seal))
-        (self.folder / _DONE).unlink(missing_ok=True)
-
-
-def _hashes(path: Path) -> dict[str, Any]:
-    """File names and their hashes as a JSON file of ours gives them; none where it does not."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
-def remove_store(folder: Path) -> None:
-    """Delete a store of ours, store.json last: what is left of a removal that was cut off is still ours.
-
-    Raises:
-        DiskError: the folder is no store, holds other things, or cannot be removed.
-    """
-    clear_store(folder)
-    try:
-        (folder / ".lock").unlink(missing_ok=True)
-        folder.rmdir()
-    except OSError as error:
-        raise DiskError(f"cannot remove {folder}: {error}; remove it yourself") from error
-
-
-def clear_store(folder: Path) -> None:
-    """Delete the files of a store of ours; the folder and its lock stay.
-
-    Raises:
-        DiskError: as `remove_store`.
-    """
-    if not is_store(folder):
-        raise DiskError(f"{folder} holds no store.json of this program; it is not removed. Choose another `out`")
-    present = sorted(path for path in folder.iterdir() if path.name != ".lock")
-    strays = [path.name for path in present if not _OURS.fullmatch(path.name) or path.is_dir()]
-    if strays:
-        raise DiskError(f"{folder} holds {', '.join(strays[:5])} beside the store; move that away first")
-    try:
-        for path in sorted(present, key=lambda path: path.name == "store.json"):
-            path.unlink()
-    except OSError as error:
-        raise DiskError(f"cannot remove {folder}: {error}; remove it yourself") from error
-
-
-def require_space(folder: Path, need: int) -> None:
-    """Check the free disk.
-
-    Raises:
-        DiskError: less than `need` bytes.
-    """
-    have = shutil.disk_usage(folder).free
-    if have < need:
-        raise DiskError(
-            f"{folder}: {have / 1e9:.2f} GB free, {need / 1e9:.2f} GB needed; free some space, choose another `out`, "
-            "fewer `epochs` or a `topk`"
-        )
 
 
 def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -488,21 +304,12 @@ def mass_by_k(logits: Tensor, temperature: float) -> NDArray[np.float64]:
     return np.asarray(shares_by_k(logits, temperature).mean(axis=0), np.float64)
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
-
-
 def _whole(value: object, least: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def _names(names: Sequence[str]) -> str:
