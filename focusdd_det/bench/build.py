@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,12 +30,14 @@ from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import write_atomic
 from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
-from focusdd_det.looking import score_all
+from focusdd_det.looking import Looker, score_all
 from focusdd_det.methods import METHODS
-from focusdd_det.plan import Plan, make_plan
+from focusdd_det.plan import Plan, layouts_of, make_plan
+from focusdd_det.progress import progress_bar
 from focusdd_det.scores import ScoreStore
+from focusdd_det.screening import WORTH, Screen
 from focusdd_det.select import Candidates, proposals
-from focusdd_det.selector import Selector, load_selector, precision_of
+from focusdd_det.selector import Selector, in_precision, load_selector, precision_of
 from focusdd_det.sources import Located
 from focusdd_det.teacher import load_detector
 from focusdd_det.types import Image
@@ -43,7 +46,7 @@ from focusdd_det.windows import best_windows, middle_square, realism, window_sid
 FLOOR_TARGET, GPU_TARGET = 1.15, 1.25  # DESIGN section 6
 LOOP_TARGET, GPU_LOOP_TARGET = 1.7, 3.0
 METHOD = METHODS["focusdd"]
-DECODE, LOOP = "decode alone", "straightforward loop"
+DECODE, LOOP = "decode alone", "straightforward loop (fp32)"
 
 
 def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
@@ -68,6 +71,9 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         cases[f"ViT alone, {precision}"] = scene.vit_alone
         cases[f"scoring, {precision}"] = scene.score
     cases[LOOP] = slow.loop
+    screened = _Screened(bench, plan, sources, work, auto) if auto != "fp32" else None
+    if screened:
+        cases[f"scoring, {auto} then fp32"] = screened.score
     clock = getattr(options, "seconds", time.perf_counter)
     seconds = compare(cases, options.rounds, 1, clock=clock)
     on_gpu = slow.selector.device.type == "cuda"
@@ -78,7 +84,15 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         name = f"scoring / {'the slower of decode and ViT' if on_gpu else '(decode + ViT)'}, {precision}"
         ratios[name] = ratio(seconds[f"scoring, {precision}"], floor)._asdict()
         ratios[f"{LOOP} / scoring, {precision}"] = ratio(seconds[LOOP], seconds[f"scoring, {precision}"])._asdict()
+    agreement = {}
+    if screened:
+        ratios[f"{LOOP} / scoring, {auto} then fp32"] = ratio(
+            seconds[LOOP], seconds[f"scoring, {auto} then fp32"]
+        )._asdict()
+        agreement[f"{auto} then fp32"] = _agreement(slow.reference(), screened, plan)
     slow.score()
+    if screened:
+        screened.summary["same"] = screened.same_as(slow)
     remembered = fast.remembered()
     return {
         "sources": len(sources),
@@ -92,7 +106,8 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         "seconds": seconds,
         "ratios": ratios,
         "remembered_ms": remembered,
-        "agreement": {p: _agreement(slow.reference(), scene, plan) for p, scene in scenes.items()},
+        "agreement": {**{p: _agreement(slow.reference(), scene, plan) for p, scene in scenes.items()}, **agreement},
+        "screening": screened.summary if screened else None,
         "whole_build_seconds": _whole(bench, auto),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         "notes": list(bench.notes),
@@ -123,7 +138,7 @@ def table(result: Mapping[str, Any]) -> str:
         target = ""
         if name.startswith("scoring"):
             target = f"<= {GPU_TARGET if result['on_gpu'] else FLOOR_TARGET}"
-        elif name.endswith(result["precision"]):
+        elif name.endswith(" then fp32"):
             target = f">= {GPU_LOOP_TARGET if result['on_gpu'] else LOOP_TARGET}"
         lines.append(f"| {name} | {value['median']:.2f} | {value['low']:.2f} to {value['high']:.2f} | {target} |")
     lines += [
@@ -135,6 +150,13 @@ def table(result: Mapping[str, Any]) -> str:
     for name, value in result["agreement"].items():
         row = f"| {name} | {value['chosen']:.3f} | {value['p']:.4f} | {value['share']:.4f} | {value['window']:.3f} |"
         lines.append(row)
+    if seen := result["screening"]:
+        lines += [
+            "",
+            f"Screening: {seen['wanted']} of {n} sources wanted, {seen['looked_again']} looked at again in fp32;",
+            f"largest deviation of those looked at twice: {seen['logit']:.3f} in logit(p), {seen['share']:.4f} in share; "
+            f"{seen['same']:.0%} of its key sources are those of scoring in fp32",
+        ]
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result["whole_build_seconds"].items())
     gpu = [f"Peak GPU memory: {result['peak_gpu_bytes'] / 1e9:.2f} GB"] if result["on_gpu"] else []
     return "\n".join([*lines, "", f"Seconds of a whole build by phase: {phases}", *gpu, *result["notes"]])
@@ -185,7 +207,10 @@ class _Scene:
     def score(self) -> None:
         """The build's own phase, from files to rows."""
         self.turn += 1
-        self._score(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+        self._score(self._file())
+
+    def _file(self) -> Path:
+        return self.work / f"scores-{self.config.precision}-{self.turn}.sqlite"
 
     def _score(self, file: Path, sources: Sequence[Located] | None = None, contents: bool = False) -> float:
         store = ScoreStore(file, contents=contents)
@@ -244,7 +269,7 @@ class _Scene:
 
     def scores(self) -> _Scores:
         """What the build's last scoring says."""
-        store = ScoreStore(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+        store = ScoreStore(self._file())
         rows = store.db.execute("SELECT sha, p, share, win_row, win_col FROM source WHERE length(sha) = 32")
         found = {sha: (p, share, (row, column)) for sha, p, share, row, column in rows}
         store.close()
@@ -252,7 +277,7 @@ class _Scene:
 
     def candidates(self) -> dict[str, Candidates]:
         """The candidates of the build's last scoring by class."""
-        store = ScoreStore(self.work / f"scores-{self.config.precision}-{self.turn}.sqlite")
+        store = ScoreStore(self._file())
         store.run -= 1  # those of the run that filled it
         found = {group.name: store.candidates(group.name, self.config.alpha)[0] for group in self.plan.groups}
         store.close()
@@ -295,6 +320,60 @@ class _Scene:
         order, backgrounds = METHOD.order(found, self.config, group), METHOD.backgrounds(found, self.config, group)
         stream = proposals(order, backgrounds, found.phash, lambda _: Layout(2, 3), self.config.near_duplicate)
         return [proposal for proposal, _ in zip(stream, range(ipc), strict=False)]
+
+
+class _Screened(_Scene):
+    """The sources and a ViT that looks first in low precision and then in full at what can be chosen: as many
+    composites as the sources allow if there are to be WORTH of them for each one that is wanted."""
+
+    def __init__(self, bench: Bench, plan: Plan, sources: Sequence[Located], work: Path, fast: str) -> None:
+        super().__init__(bench, plan, sources, "fp32", work)
+        there = Counter(located.source.group for located in sources)
+        ipc = max(1, min(there.values(), default=0) // (WORTH * self.config.grid**2))
+        self.config = replace(self.config, ipc=ipc)
+        self.groups = [replace(group, ipc=ipc) for group in plan.groups if there[group.name]]
+        self.rough = in_precision(self.selector, fast)
+        self.bounds: dict[str, Candidates] = {}
+        self.summary: dict[str, float] = {}
+
+    def _file(self) -> Path:
+        return self.work / f"screened-{self.turn}.sqlite"
+
+    def score(self) -> None:
+        """Both looks."""
+        self.turn += 1
+        store = ScoreStore(self._file())
+        c, columns = self.config, self.columns
+        try:
+            score_all(
+                self.sources, store, self.selector, METHOD, columns, c, self.workers, lambda _: None, rough=self.rough
+            )
+            first, second = (Looker(each, METHOD, columns, c, store) for each in (self.rough, self.selector))
+            roots = {root.name: root for root in self.plan.roots}
+            screen = Screen(store, first, second, METHOD, c, roots, layouts_of(c, METHOD), self.workers)
+            with progress_bar(0, "looking again") as bar:
+                screen.settle_all(self.groups, bar)
+            self.bounds = {group.name: screen.rank(group).candidates for group in self.groups}
+            self.summary = {**screen.summary(), "wanted": sum(g.ipc for g in self.groups) * c.grid**2}
+        finally:
+            store.close()
+
+    def candidates(self) -> dict[str, Candidates]:
+        """As the build ranks them: sources that were looked at once by the best that they can be worth."""
+        return self.bounds
+
+    def same_as(self, full: _Scene) -> float:
+        """Share of the key sources that a scoring in full precision chooses as well."""
+        same = total = 0
+        theirs = full.candidates()
+        for group, mine in self.bounds.items():
+            chosen = [
+                {found.sha[k].tobytes() for p in self._choose(group, found, self.config.ipc) for k in p.keys}
+                for found in (mine, theirs[group])
+            ]
+            same += len(chosen[0] & chosen[1])
+            total += len(chosen[1])
+        return same / max(1, total)
 
 
 class _Timer:
