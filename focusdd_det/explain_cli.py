@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 
 from focusdd_det import detset
+from focusdd_det.build import MACHINE_KEYS
 from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
@@ -363,10 +364,10 @@ def _item(folder: Path, name: str) -> detset.Item:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a set was built with, of the keys that matter here."""
+    """What a set was built with, of the keys that matter here; never a file to be opened, run or fetched."""
     try:
         settings = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))["config"]
-        return {key: settings[key] for key in (*KEYS, "attention") if key in settings}
+        return {key: settings[key] for key in (*KEYS, "attention") if key in settings and key not in MACHINE_KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{folder / 'build.yaml'} cannot be read ({error}); `focusdd verify {folder}`") from error
 
