@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from focusdd_det.cli import main
 from focusdd_det.errors import ConfigError
-from focusdd_det.experiment import results, runner
+from focusdd_det.experiment import results, runner, stages
 from focusdd_det.experiment.child import state_of
 from focusdd_det.experiment.distill import stock_arguments
 from focusdd_det.experiment.settings import build_config, check, train_settings
@@ -288,6 +288,59 @@ def test_every_stage_is_run_once(bench: Path, tmp_path: Path, pretend: Path, par
     assert runner.run(more, out, parallel) == 0
     added = [line.split()[0] for line in pretend.read_text().splitlines()[len(lines) :]]
     assert sorted(added) == ["build", "eval", "eval", "train", "train"]
+
+
+def test_results_say_which_code_made_them(
+    bench: Path, tmp_path: Path, pretend: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other code makes nothing again, and a table of both says so, however often it is run."""
+    out = tmp_path / "out"
+    words = ["experiment", str(bench / "drawn.yaml"), f"bench={bench}", f"out={out}"]
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "old")
+    assert main([*words, "seeds=[0]"]) == 0
+    assert "different versions" not in capsys.readouterr().out
+    before = pretend.read_text().splitlines()
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "new")
+    assert main([*words, "seeds=[0]"]) == 0
+    assert pretend.read_text().splitlines() == before
+    assert "different versions" not in capsys.readouterr().out
+    for _ in range(2):
+        assert main([*words, "seeds=[0, 1]"]) == 0
+        assert "different versions of code" in capsys.readouterr().out
+    found, _ = results.read(out, drawn(bench))
+    assert [(r.seed, r.versions["code"]) for r in found] == [(0, "old"), (1, "new")] * 2
+    (out / "evals" / f"{found[0].stages['eval']}.json").unlink()  # made again, by other code than its training
+    assert main([*words, "seeds=[0, 1]"]) == 0
+    assert [r.versions["code"] for r in results.read(out, drawn(bench))[0]] == ["new old", "new", "old", "new"]
+
+
+def test_a_stage_that_other_code_began_is_of_both(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "old")
+    experiment, out = drawn(bench), tmp_path / "out"
+    runner.open_folder(experiment, out)
+    work = Work(experiment, out)
+    stage = work.build(experiment.arms[0], 0)
+    stages.write_stage(work, stage)
+    work.code = "new"
+    assert work.codes_until(stage) == ["new"], "nothing of the old one is there"
+    stage.output.with_name(stage.output.name + ".incomplete").mkdir()
+    assert work.codes_until(stage) == ["new", "old"]
+    stages.write_stage(work, stage)
+    assert work.code_of([stage.key]) == "new old"
+    assert work.code_of(["0" * 12]) == "unknown"
+
+
+def test_the_hash_of_the_code_follows_code_and_configs(tmp_path: Path) -> None:
+    for name in ("a.py", "sub/b.py", "cfg/train.yaml", "cfg/experiments/mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    found = [stages.code_sha256(tmp_path, tmp_path / "cfg")]
+    (tmp_path / "cfg" / "experiments" / "mine.yaml").write_text("2")
+    assert stages.code_sha256(tmp_path, tmp_path / "cfg") == found[0]
+    for name in ("a.py", "sub/b.py", "cfg/train.yaml"):
+        (tmp_path / name).write_text("2")
+        found.append(stages.code_sha256(tmp_path, tmp_path / "cfg"))
+    assert len(set(found)) == 4
 
 
 def test_a_lost_result_is_made_again_alone(bench: Path, tmp_path: Path, pretend: Path) -> None:

@@ -27,7 +27,7 @@ class Result:
         covered: classes of the arm's own set (detection).
         composites, epochs, iterations: of its training.
         stages: kind -> key.
-        versions: of the packages that made it.
+        versions: of the packages that made it; `code`: hashes of the code that made its stages.
     """
 
     arm: str

@@ -8,7 +8,8 @@
   results.md, results.json, plot.png
 
 A key is the hash of everything that determines the stage's result: its config, the content of every file that it names,
-the manifest of its set, the versions. So equal stages of several arms are one, and a finished one is found again.
+the manifest of its set, the versions. So equal stages of several arms are one, and a finished one is found again. The
+code itself is not in it: hours of work would be made again after any change. A result says which code made its stages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ import yaml
 from focusdd_det import detset
 from focusdd_det.build import MACHINE_KEYS, PACKAGES
 from focusdd_det.classmap import find_map
-from focusdd_det.config import SetConfig, as_plain
+from focusdd_det.config import SetConfig, as_plain, cfg_dir
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.experiment.grid import Arm
@@ -58,6 +59,7 @@ TRAIN_FILES = ("model", "teacher", "teacher_weights", "weights", "pretrained", "
 STORE_MACHINE = ("device", "workers", "download", "overwrite")
 STORE_FILES = ("teacher", "teacher_weights", "eval_data")
 EVAL_MACHINE = ("device", "download")
+PACKAGE = Path(__file__).resolve().parent.parent
 _ALL_EQUAL = ("random", "whole")  # methods that look at sources in the same way, without the ViT
 
 
@@ -164,6 +166,16 @@ class Fingerprints:
         return found
 
 
+def code_sha256(package: Path, configs: Path) -> str:
+    """12 hex digits of a package's code and configs; what an experiment's own file asks for, each result knows."""
+    files = [*package.rglob("*.py"), *(f for f in configs.iterdir() if f.is_file())]
+    total = hashlib.sha256()
+    for file in sorted(set(files), key=str):
+        place = package if file.is_relative_to(package) else configs
+        total.update(f"{file.relative_to(place).as_posix()} {file_sha256(file)}\n".encode())
+    return total.hexdigest()[:12]
+
+
 def key_of(content: Any) -> str:
     """12 hex digits of anything plain."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -192,6 +204,7 @@ class Work:
         self.out = out.resolve()
         self.prints = Fingerprints()
         self.versions = {name: version(name) for name in ("focusdd_det", *PACKAGES)}
+        self.code = code_sha256(PACKAGE, cfg_dir())
         self._manifests: dict[tuple[Path, int], tuple[str, int]] = {}
         self._evaluated: dict[str, Any] = {}  # data.yaml -> what stands for its pictures
 
@@ -217,6 +230,22 @@ class Work:
     def marker(self, stage: Stage) -> Path:
         """The file that the stage's process writes when it has finished."""
         return self.place("stages", f"{stage.name}.done")
+
+    def code_of(self, keys: Iterable[str]) -> str:
+        """The code that made some stages: one hash, or several where it changed in between."""
+        return " ".join(sorted({code for key in keys for code in self._codes(key)}))
+
+    def _codes(self, key: str) -> list[str]:
+        for file in (self.out / "stages").glob(f"*-{key}.json"):
+            try:
+                return [str(code) for code in json.loads(file.read_text(encoding="utf-8"))["code"]]
+            except (OSError, ValueError, KeyError, TypeError):
+                break  # written before there was a hash of the code
+        return ["unknown"]
+
+    def codes_until(self, stage: Stage) -> list[str]:
+        """The code that will have made a stage when it has been run now: also that which began it."""
+        return sorted({self.code, *(self._codes(stage.key) if self.begun(stage) else ())})
 
     # ---- the chain ----
 
@@ -362,6 +391,7 @@ def write_stage(work: Work, stage: Stage) -> Path:
         "marker": str(work.marker(stage)),
         "argv": [word.replace("{config}", str(config)) for word in stage.argv],
         "resume": _plain(stage.resume),
+        "code": work.codes_until(stage),
     }
     file = work.place("stages", f"{stage.name}.json")
     detset.write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())

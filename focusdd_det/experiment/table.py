@@ -160,8 +160,9 @@ def _notes(experiment: Experiment, found: Sequence[Result], rows: Sequence[Row])
     if len(versions) > 1:
         names = sorted({name for one in versions for name, _ in one if len({dict(v).get(name) for v in versions}) > 1})
         notes.append(
-            f"The results were made with different versions of {', '.join(names)}: run the experiment again before any "
-            "conclusion."
+            f"The results were made with different versions of {', '.join(names)}: run the experiment again"
+            + (" in a new `out`, as other code makes nothing again," if "code" in names else "")
+            + " before any conclusion."
         )
     missing = sum(len(experiment.seeds) - len(row.seeds) for row in rows)
     if missing:
