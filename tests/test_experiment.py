@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -341,6 +342,21 @@ def test_the_hash_of_the_code_follows_code_and_configs(tmp_path: Path) -> None:
         (tmp_path / name).write_text("2")
         found.append(stages.code_sha256(tmp_path, tmp_path / "cfg"))
     assert len(set(found)) == 4
+
+
+def test_a_result_names_the_data_it_was_made_of(bench: Path, tmp_path: Path, pretend: Path) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(bench / "sources", sources)
+    build = {**yaml.safe_load((bench / "drawn.yaml").read_text())["build"], "sources": [str(sources)]}
+    experiment = with_arms(drawn(bench), {"plain": None}, tmp_path, bench, build=build, seeds=[0])
+    out = tmp_path / "out"
+    runner.run(experiment, out)
+    before = results.read(out, experiment)[0][0].inputs
+    assert set(before) == {str(sources), str(bench / "teacher.pt"), str(bench / "coco" / "data.yaml")}
+    next(sources.rglob("*.jpg")).unlink()
+    runner.run(experiment, out)
+    after = results.read(out, experiment)[0][0].inputs
+    assert [path for path in before if after[path] != before[path]] == [str(sources)]
 
 
 def test_a_lost_result_is_made_again_alone(bench: Path, tmp_path: Path, pretend: Path) -> None:

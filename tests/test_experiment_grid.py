@@ -184,6 +184,16 @@ def test_versions_that_differ_are_told(tmp_path: Path) -> None:
     assert "different versions of torch" in markdown(make_table(wanted, [first, second], []))
 
 
+def test_data_that_changed_between_results_is_told(tmp_path: Path) -> None:
+    wanted = experiment(tmp_path)
+    first, second, third = (result(wanted, arm, seed, {"cat": 9.0}, ("cat",)) for arm, seed in ((0, 0), (1, 0), (1, 1)))
+    first.inputs.update({"pictures": "1", "a.pt": "2"})
+    second.inputs.update({"pictures": "1", "b.pt": "3"})  # arms may differ in what they name
+    assert "different contents" not in markdown(make_table(wanted, [first, second, third], []))
+    third.inputs.update({"pictures": "4"})
+    assert "different contents of pictures:" in markdown(make_table(wanted, [first, second, third], []))
+
+
 def test_lines_over_what_is_varied_in_numbers(tmp_path: Path) -> None:
     wanted = experiment(tmp_path, arms={"vary": {"method": ["random", "focusdd"], "ipc": [1, 10, 50]}})
     found = lines_of(wanted, make_table(wanted, [], []))
@@ -219,6 +229,8 @@ def test_a_result_ends_a_failure_and_belongs_to_what_was_asked(tmp_path: Path) -
     assert results.read(tmp_path, wanted) == ([found], [])
     other = experiment(tmp_path, iterations=11)
     assert results.read(tmp_path, other) == ([], [])
+    results.append(tmp_path, results.failure_record(failure))
+    assert results.read(tmp_path, wanted) == ([], [failure]), "the older number is of what was there before"
 
 
 # ---- files ----

@@ -145,6 +145,7 @@ def _record(work: Work, cell: _Cell, found: Finished) -> None:
         found.steps.iterations,
         dict(found.stages),
         {**work.versions, "code": work.code_of(found.stages.values())},
+        work.inputs(cell.arm, cell.seed),
     )
     known, failed = results.read(work.out, work.experiment)
     same = [f for f in failed if (f.arm_sha256, f.seed) == (result.arm_sha256, result.seed)]

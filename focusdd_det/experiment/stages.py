@@ -154,16 +154,19 @@ class Fingerprints:
     def sources(self, config: SetConfig) -> list[Any]:
         """Of every source of a build and its map."""
         found = []
-        for entry in config.sources:
-            if isinstance(entry, Mapping):
-                path, own, name = str(entry["path"]), entry.get("map"), entry.get("name")
-            else:
-                path, _, own = str(entry).partition("::")
-                name = None
+        for path, own, name in map(source_parts, config.sources):
             location = Path(path).expanduser()
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
+
+
+def source_parts(entry: Any) -> tuple[str, Any, Any]:
+    """The path, the map and the name of one of a build's sources."""
+    if isinstance(entry, Mapping):
+        return str(entry["path"]), entry.get("map"), entry.get("name")
+    path, _, own = str(entry).partition("::")
+    return path, own, None
 
 
 def code_sha256(package: Path, configs: Path) -> str:
@@ -246,6 +249,24 @@ class Work:
     def codes_until(self, stage: Stage) -> list[str]:
         """The code that will have made a stage when it has been run now: also that which began it."""
         return sorted({self.code, *(self._codes(stage.key) if self.begun(stage) else ())})
+
+    def inputs(self, arm: Arm, seed: int) -> dict[str, str]:
+        """Path -> what stands there, of an arm's sources, teachers and evaluation data.
+
+        Raises:
+            ConfigError, DataError: the evaluation data cannot be used.
+        """
+        config = build_config(self.experiment, arm, seed)
+        paths = [source_parts(entry)[0] for entry in config.sources]
+        found: dict[str, Any] = dict(zip(paths, self.prints.sources(config), strict=True))
+        evaluation = self.experiment.section("eval", arm)
+        named = [self.experiment.section(name, arm).get("teacher") for name in ("targets", "relabel", "train")]
+        named += [getattr(config, "teacher", None), evaluation.get("annotations"), evaluation.get("images")]
+        found |= {str(value): self.prints.of(value) for value in named if value is not None}
+        if evaluation.get("data"):
+            data = str(evaluation["data"])
+            found[data] = self._pictures(data) if self.experiment.task == "detect" else self.prints.of(data)
+        return {path: key_of(content) for path, content in found.items()}
 
     # ---- the chain ----
 

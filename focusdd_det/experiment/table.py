@@ -164,6 +164,15 @@ def _notes(experiment: Experiment, found: Sequence[Result], rows: Sequence[Row])
             + (" in a new `out`, as other code makes nothing again," if "code" in names else "")
             + " before any conclusion."
         )
+    contents: dict[str, set[str]] = {}
+    for path, content in ((path, content) for result in found for path, content in result.inputs.items()):
+        contents.setdefault(path, set()).add(content)
+    changed = [path for path, several in contents.items() if len(several) > 1]
+    if changed:
+        notes.append(
+            f"The results were made of different contents of {', '.join(changed)}: run the experiment again before any "
+            "conclusion."
+        )
     missing = sum(len(experiment.seeds) - len(row.seeds) for row in rows)
     if missing:
         notes.append(f"{missing} of {len(rows) * len(experiment.seeds)} results are not there (yet).")
