@@ -9,6 +9,7 @@ from typing import Any
 from focusdd_det.experiment.results import Failure, Result
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.experiment.statistics import (
+    CONFIDENCE,
     LEAST_SEEDS,
     STANDARD_ERRORS,
     Difference,
@@ -20,8 +21,8 @@ from focusdd_det.experiment.statistics import (
 
 UNITS = {"covered": "mAP, covered classes", "all": "mAP, all classes", "top1": "top-1", "top5": "top-5"}
 RULE = (
-    f"A ranking is claimed only when the paired difference exceeds {STANDARD_ERRORS:g} times its standard error over "
-    f"at least {LEAST_SEEDS} seeds"
+    f"A ranking is claimed only when the paired difference exceeds {STANDARD_ERRORS:g} times its standard error, and "
+    f"Student's t at {100 * CONFIDENCE:g} %, over at least {LEAST_SEEDS} seeds"
 )
 
 
@@ -242,7 +243,12 @@ def as_json(table: Table) -> dict[str, Any]:
     content: dict[str, Any] = asdict(table)
     for row in content["rows"]:
         row["seeds"] = {str(seed): value for seed, value in row["seeds"].items()}
-    content["rule"] = {"standard_errors": STANDARD_ERRORS, "least_seeds": LEAST_SEEDS, "floor": table.floor}
+    content["rule"] = {
+        "standard_errors": STANDARD_ERRORS,
+        "confidence": CONFIDENCE,
+        "least_seeds": LEAST_SEEDS,
+        "floor": table.floor,
+    }
     return content
 
 
