@@ -242,10 +242,6 @@ def _split(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[
             options.append(token)
         else:
             pictures.append(token)
-    for i, option in enumerate(options):
-        key, _, value = option.partition("=")
-        if value and key.lstrip("-") in ("class", "id", "out"):  # a folder 007 is no number
-            options[i] = f"{key}={json.dumps(value, ensure_ascii=False)}"
     return pictures, options
 
 

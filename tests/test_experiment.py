@@ -83,6 +83,7 @@ def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
         (["tabel7"], "did you mean table7"),
         (["table7"], "imagenet=...   class folders"),
         (["noise", "--small", f"asets={tmp_path}"], "did you mean assets"),
+        (["noise", "--small", "assets=0010"], "assets=0010: no such file or folder"),
         (["noise", "--small", f"assets={tmp_path}", "parallel=0"], "parallel=0"),
         (["noise", "--small", f"assets={tmp_path}", "train.epoch=2"], "did you mean epochs"),
         (["noise", "--small", f"assets={tmp_path}", "build.ipcc=2"], "did you mean ipc"),
