@@ -206,8 +206,8 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
     """Command-line tokens -> overrides.
 
     Accepts `key=value`, `--key value`, `--key=value` and, for booleans, a bare `--key`; `-` and `_` are the same in a
-    key. Of a key that is given several times the last value counts; where the key takes a list, all do. Text stays as
-    it is written, other values are read as YAML.
+    key, up to a dot. Of a key that is given several times the last value counts; where the key takes a list, all do.
+    Text stays as it is written, other values are read as YAML.
 
     Args:
         argv: the tokens.
@@ -224,7 +224,8 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
         dashed = token.startswith("--")
         body = token[2:] if dashed else token
         key, equals, value = body.partition("=")
-        key = key.replace("-", "_")
+        section, dot, name = key.partition(".")  # a name of the user's follows: licence.my-photos
+        key = section.replace("-", "_") + dot + name
         key = aliases.get(key, key)
         if not equals:
             if not dashed:

@@ -41,6 +41,7 @@ def test_every_shipped_yaml_is_safe_yaml() -> None:
         (["--source", "a", "--source", "b::m.yaml"], {"sources": ["a", "b::m.yaml"]}),
         (["classes=dog,cat"], {"classes": "dog,cat"}),
         (["scores="], {"scores": None}),
+        (["licence.my-own.set-1=CC0", "--made-by.a-b", "x"], {"licence.my-own.set-1": "CC0", "made_by.a-b": "x"}),
         (["ipc=1", "--ipc", "2"], {"ipc": 2}),
         (["sources=[a, b]", "--source", "c"], {"sources": ["a", "b", "c"]}),
         (["sources=[{path: a, map: m.yaml}]", "source=007"], {"sources": [{"path": "a", "map": "m.yaml"}, "007"]}),

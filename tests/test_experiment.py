@@ -404,6 +404,8 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_there(
     words = ["experiment", str(bench / "drawn.yaml"), f"bench={bench}", f"out={out}", "seeds=[0]"]
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert main([*words, "--dry-run", "train.close-mosaic=1", "--train.warmup-epochs", "0"]) == 0
+    assert capsys.readouterr().out == said
     assert "there: 0 of 2 results; to do: 1 builds, 2 trainings" in said
     assert not out.exists()
     runner.run(drawn(bench, seeds=[0]), out)

@@ -56,7 +56,9 @@ def experiment_command(argv: Sequence[str]) -> int:
         return 0
     needs = {**variables(files[0]), **variables(files[0], small=True)}
     texts = {f"build.{key}": hint for kind in BUILDS for key, hint in get_type_hints(kind).items()}
-    given = parse_tokens(_bare(words[1:]), {**texts, **dict.fromkeys(needs, str), **OPTIONS}, {})
+    texts |= {key.replace("_", "-"): hint for key, hint in texts.items()}
+    found = parse_tokens(_bare(words[1:]), {**texts, **dict.fromkeys(needs, str), **OPTIONS}, {})
+    given = {key.replace("-", "_"): value for key, value in found.items()}  # train.close-mosaic
     flags = {key: _flag(given, key) for key in ("small", "dry_run", "table")}
     parallel = given.pop("parallel", 1)
     if type(parallel) is not int or parallel < 1:
