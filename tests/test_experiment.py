@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,22 @@ def test_keys_follow_the_content_of_files_not_their_place(bench: Path, tmp_path:
     assert again.folder(tmp_path / "a") != again.folder(tmp_path / "b")
     assert again.of(str(tmp_path / "a" / "t.pt")) != again.of(str(tmp_path / "b" / "t.pt"))
     assert again.of("deit_small_patch16_224") == "deit_small_patch16_224"
+
+
+def test_archives_of_one_size_are_told_apart(tmp_path: Path) -> None:
+    """tar pads to 10,240 bytes, so that the same number of bytes says little."""
+    found = set()
+    for folder, name, data in [("a", "x.jpg", b"1"), ("b", "y.jpg", b"1"), ("c", "x.jpg", b"22"), ("d", "x.jpg", b"2")]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(data)
+        with tarfile.open(tmp_path / folder / "n01.tar", "w") as archive:
+            archive.add(tmp_path / folder / name, f"n01/{name}")
+        (tmp_path / folder / name).unlink()
+        prints = Fingerprints()
+        found.add((prints.folder(tmp_path / folder / "n01.tar"), prints.folder(tmp_path / folder)))
+    assert len({file for file, _ in found}) == len({folder for _, folder in found}) == 3
+    (tmp_path / "cut.tar").write_bytes(b"no tar")
+    assert Fingerprints().folder(tmp_path / "cut.tar") == "6"
 
 
 def test_seeds_and_shares_reach_build_and_training(bench: Path) -> None:

@@ -30,7 +30,7 @@ from focusdd_det.build import MACHINE_KEYS, PACKAGES
 from focusdd_det.classmap import find_map
 from focusdd_det.config import SetConfig, as_plain, cfg_dir
 from focusdd_det.detset import file_sha256
-from focusdd_det.errors import ConfigError, VerifyError, WeightsError
+from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.settings import (
     DISTILL,
@@ -48,6 +48,7 @@ from focusdd_det.experiment.settings import (
 )
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.methods import METHODS
+from focusdd_det.sources import tar_members
 from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
@@ -132,11 +133,11 @@ class Fingerprints:
         return file_sha256(beside) if weights and beside.is_file() else ""
 
     def folder(self, path: Path) -> str:
-        """Of the names and sizes of all files in a folder, in any order; of an archive's size."""
+        """Of the names and sizes of all files in a folder, in any order, and in tars there; or of those in a tar."""
         path = path.resolve()
         if path not in self._folders:
             if path.is_file():
-                self._folders[path] = f"{path.stat().st_size}"
+                self._folders[path] = _archive(path)
             else:
                 total = count = 0
                 for top, _, names in os.walk(path):
@@ -145,7 +146,8 @@ class Fingerprints:
                         if name.endswith(".cache"):
                             continue  # of Ultralytics, not of the data
                         size = os.lstat(os.path.join(top, name)).st_size  # noqa: PTH118
-                        line = f"{relative}/{name}/{size}".encode("utf-8", "surrogateescape")
+                        inside = _archive(Path(top, name)) if name.endswith(".tar") else ""
+                        line = f"{relative}/{name}/{size}{inside}".encode("utf-8", "surrogateescape")
                         total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
                         count += 1
                 self._folders[path] = f"{count} files {total % (1 << 128):032x}"
@@ -159,6 +161,18 @@ class Fingerprints:
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
+
+
+def _archive(path: Path) -> str:
+    """Of the names and sizes of a tar's members: archives of equal size are common, as tar pads them. Of the size alone
+    where it cannot be read as a tar; the build says why."""
+    listed = hashlib.blake2b(digest_size=16)
+    try:
+        for member in tar_members(path) if path.is_file() else ():
+            listed.update(f"{member.name}/{member.size}\n".encode("utf-8", "surrogateescape"))
+    except DataError:
+        return f"{path.stat().st_size}"
+    return listed.hexdigest()
 
 
 def source_parts(entry: Any) -> tuple[str, Any, Any]:
