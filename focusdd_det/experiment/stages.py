@@ -48,6 +48,7 @@ from focusdd_det.experiment.settings import (
 )
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.methods import METHODS
+from focusdd_det.plan import source_entry
 from focusdd_det.sources import tar_members
 from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
@@ -156,7 +157,7 @@ class Fingerprints:
     def sources(self, config: SetConfig) -> list[Any]:
         """Of every source of a build and its map."""
         found = []
-        for path, own, name in map(source_parts, config.sources):
+        for path, own, name in map(source_entry, config.sources):
             location = Path(path).expanduser()
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
@@ -173,14 +174,6 @@ def _archive(path: Path) -> str:
     except DataError:
         return f"{path.stat().st_size}"
     return listed.hexdigest()
-
-
-def source_parts(entry: Any) -> tuple[str, Any, Any]:
-    """The path, the map and the name of one of a build's sources."""
-    if isinstance(entry, Mapping):
-        return str(entry["path"]), entry.get("map"), entry.get("name")
-    path, _, own = str(entry).partition("::")
-    return path, own, None
 
 
 def code_sha256(package: Path, configs: Path) -> str:
@@ -271,7 +264,7 @@ class Work:
             ConfigError, DataError: the evaluation data cannot be used.
         """
         config = build_config(self.experiment, arm, seed)
-        paths = [source_parts(entry)[0] for entry in config.sources]
+        paths = [source_entry(entry)[0] for entry in config.sources]
         found: dict[str, Any] = dict(zip(paths, self.prints.sources(config), strict=True))
         evaluation = self.experiment.section("eval", arm)
         named = [self.experiment.section(name, arm).get("teacher") for name in ("targets", "relabel", "train")]
