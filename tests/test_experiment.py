@@ -27,6 +27,7 @@ from focusdd_det.errors import ConfigError
 from focusdd_det.experiment import results, runner, stages
 from focusdd_det.experiment.child import state_of
 from focusdd_det.experiment.distill import stock_arguments
+from focusdd_det.experiment.preview import _Composites
 from focusdd_det.experiment.settings import build_config, check, train_settings
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
 from focusdd_det.experiment.stages import Fingerprints, Stage, Work
@@ -428,6 +429,19 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_there(
     runner.run(drawn(bench, seeds=[0]), out)
     assert main([*words, "--dry-run"]) == 0
     assert "there: 2 of 2 results; to do: 0 builds, 0 trainings" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_composites_of_every_arm_and_seed(bench: Path, tmp_path: Path) -> None:
+    """9 sources a class are two composites of 2 x 2, or one of 3 x 3; which grid a composite has is drawn by seed."""
+    build = {**yaml.safe_load((bench / "drawn.yaml").read_text())["build"], "ipc": 2, "short_class": "reduce"}
+    arms = {"vary": {"grids": [[], [3], [2, 3]]}}
+    experiment = with_arms(drawn(bench), arms, tmp_path, bench, build=build, seeds=[0, 1, 2, 3])
+    kept = _Composites()
+    configs = [build_config(experiment, arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+    found = [kept.of(config)[0] for config in configs]
+    assert found == [_Composites().of(config)[0] for config in configs]
+    assert found[:8] == [6] * 4 + [3] * 4
+    assert len(set(found[8:])) > 1
 
 
 def test_one_experiment_at_a_time_in_a_folder(bench: Path, tmp_path: Path) -> None:
