@@ -26,7 +26,7 @@ from focusdd_det.cli import main
 from focusdd_det.errors import ConfigError
 from focusdd_det.experiment import results, runner, stages
 from focusdd_det.experiment.child import state_of
-from focusdd_det.experiment.distill import stock_arguments
+from focusdd_det.experiment.distill import StockDistillation, check_distill, distill_command, stock_arguments
 from focusdd_det.experiment.preview import _Composites
 from focusdd_det.experiment.settings import build_config, check, train_settings
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
@@ -247,6 +247,37 @@ def test_stock_distillation_gets_the_same_recipe(bench: Path, tmp_path: Path) ->
     assert not {"supervision", "teacher", "kl_cls"} & set(arguments)
     with pytest.raises(ConfigError, match="needs teacher"):
         stock_arguments({**stock, "teacher": None})
+
+
+def test_stock_distillation_has_the_precision_of_the_other_arms(
+    bench: Path, drawn_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"distill": {"train.supervision": "distill_model", "train.precision": "bf16", "train.channels_last": True}}
+    experiment = with_arms(drawn(bench), arms, tmp_path, bench)
+    values = train_settings(experiment, experiment.arms[0], 0)
+    for wrong, told in [("bf61", "did you mean bf16"), ("bf16", "is for training on a CPU")]:
+        with pytest.raises(ConfigError, match=told):
+            check_distill({**values, "precision": wrong, "device": "0"})
+    seen: list[tuple[str, torch.dtype, bool]] = []
+
+    def watch(trainer: Any) -> None:
+        for name, net in (("student", trainer.model.student_model), ("teacher", trainer.model.teacher_model)):
+            layer = net.model[0].conv
+            last = layer.weight.is_contiguous(memory_format=torch.channels_last)
+            layer.register_forward_hook(lambda *a, name=name, last=last: seen.append((name, a[-1].dtype, last)))
+
+    started = StockDistillation.__init__
+
+    def start(trainer: Any, *given: Any) -> None:
+        started(trainer, *given)
+        trainer.add_callback("on_train_start", watch)
+
+    monkeypatch.setattr(StockDistillation, "__init__", start)
+    values |= {"data": str(drawn_set), "project": str(tmp_path / "runs"), "name": "one", "epochs": 1, "workers": 0}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+    distill_command([str(tmp_path / "train.yaml")])
+    assert set(seen) == {(name, torch.bfloat16, True) for name in ("student", "teacher")}
+    assert (tmp_path / "runs" / "one" / "weights" / "last.pt").is_file()
 
 
 # ---- the scheduler, with stages that only pretend ----
@@ -558,7 +589,6 @@ def test_stock_distillation_trains_from_the_same_start(bench: Path, tmp_path: Pa
     from ultralytics.nn.distill_model import DistillationModel
 
     from focusdd_det.detset import verify
-    from focusdd_det.experiment.distill import StockDistillation
     from focusdd_det.teacher import safe_checkpoint
     from focusdd_det.trainer import FocusDDTrainer
 
