@@ -368,8 +368,8 @@ def test_results_say_which_code_made_them(
 def test_a_stage_that_other_code_began_is_of_both(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "code_sha256", lambda *_: "old")
     experiment, out = drawn(bench), tmp_path / "out"
-    runner.open_folder(experiment, out)
-    work = Work(experiment, out)
+    with runner.opened(experiment, out):
+        work = Work(experiment, out)
     stage = work.build(experiment.arms[0], 0)
     stages.write_stage(work, stage)
     work.code = "new"
@@ -475,14 +475,20 @@ def test_a_dry_run_counts_the_composites_of_every_arm_and_seed(bench: Path, tmp_
     assert len(set(found[8:])) > 1
 
 
-def test_one_experiment_at_a_time_in_a_folder(bench: Path, tmp_path: Path) -> None:
-    from focusdd_det.detset import locked
+def test_one_experiment_at_a_time_in_a_folder(bench: Path, tmp_path: Path, pretend: Path) -> None:
+    """The one that comes second touches nothing, not even the description of what runs there."""
     from focusdd_det.errors import DiskError
 
     experiment, out = drawn(bench), tmp_path / "out"
-    runner.open_folder(experiment, out)
-    with locked(out), pytest.raises(DiskError, match="is being written"):
-        runner.run(experiment, out)
+    with runner.opened(experiment, out):
+        described = (out / runner.MARK).read_bytes()
+        with pytest.raises(DiskError, match="is being written"):
+            runner.run(drawn(bench, seeds=[7]), out)
+        assert (out / runner.MARK).read_bytes() == described
+    killed = tmp_path / "killed"  # between its first two steps
+    killed.mkdir()
+    (killed / ".lock").touch()
+    assert runner.run(drawn(bench, seeds=[0]), killed) == 0
 
 
 def test_a_stage_ends_with_its_experiment(tmp_path: Path) -> None:
