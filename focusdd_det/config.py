@@ -208,12 +208,12 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
     """Command-line tokens -> overrides.
 
     Accepts `key=value`, `--key value`, `--key=value` and, for booleans, a bare `--key`; `-` and `_` are the same in a
-    key. Of a key that is given several times the last value counts; where the key takes a list, all do. Values are read
-    as YAML.
+    key, up to a dot. Of a key that is given several times the last value counts; where the key takes a list, all do.
+    Text stays as it is written, other values are read as YAML.
 
     Args:
         argv: the tokens.
-        fields: known key -> its type; only used to tell flags from options.
+        fields: known key -> its type; tells flags from options, and text (`out=0010`) from numbers.
         aliases: other spelling -> key (for example `source` -> `sources`).
 
     Raises:
@@ -226,7 +226,8 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
         dashed = token.startswith("--")
         body = token[2:] if dashed else token
         key, equals, value = body.partition("=")
-        key = key.replace("-", "_")
+        section, dot, name = key.partition(".")  # a name of the user's follows: licence.my-photos
+        key = section.replace("-", "_") + dot + name
         key = aliases.get(key, key)
         if not equals:
             if not dashed:
@@ -241,7 +242,7 @@ def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mappin
                 raise ConfigError(f"--{key.replace('_', '-')} needs a value")
             else:
                 value = "true"
-        found.setdefault(key, []).append(_scalar(value))
+        found.setdefault(key, []).append(_value(value, fields.get(key)))
     several = {key for key, hint in fields.items() if get_origin(hint) is tuple}
     return {
         key: [item for value in values for item in (value if isinstance(value, list) else [value])]
@@ -319,6 +320,21 @@ class KeyedOptions:
         """From keys and values; paths may be Path objects, a missing key takes its default."""
         known = cls.keys()
         return cls(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known})
+
+
+def _value(text: str, hint: Any) -> Any:
+    """A value of the command line. Where the key takes text it is that text: the folder 0010, not 8.
+
+    A list of texts may be YAML (`[a, b]`), or mappings where the key takes those too.
+    """
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    listed = get_origin(hint) is tuple and get_args(hint)[0] in (str, Any)
+    if not listed and not (str in options and set(options) <= {str, type(None)}):
+        return _scalar(text)
+    if listed and text.startswith(("[", "{")):
+        return _scalar(text)
+    unset = not text or (text.lower() in ("null", "none") and (listed or type(None) in options))
+    return None if unset else text
 
 
 def _scalar(text: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import torch
 
 from focusdd_det import detset
+from focusdd_det.build import MACHINE_KEYS
 from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
@@ -241,10 +242,6 @@ def _split(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[
             options.append(token)
         else:
             pictures.append(token)
-    for i, option in enumerate(options):
-        key, _, value = option.partition("=")
-        if value and key.lstrip("-") in ("class", "id", "out"):  # a folder 007 is no number
-            options[i] = f"{key}={json.dumps(value, ensure_ascii=False)}"
     return pictures, options
 
 
@@ -363,10 +360,10 @@ def _item(folder: Path, name: str) -> detset.Item:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a set was built with, of the keys that matter here."""
+    """What a set was built with, of the keys that matter here; never a file to be opened, run or fetched."""
     try:
         settings = parse_yaml((folder / "build.yaml").read_text(encoding="utf-8"))["config"]
-        return {key: settings[key] for key in (*KEYS, "attention") if key in settings}
+        return {key: settings[key] for key in (*KEYS, "attention") if key in settings and key not in MACHINE_KEYS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VerifyError(f"{folder / 'build.yaml'} cannot be read ({error}); `focusdd verify {folder}`") from error
 

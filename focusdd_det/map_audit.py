@@ -22,7 +22,16 @@ from focusdd_det import detset
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
 from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
 from focusdd_det.errors import ConfigError, DataError, DiskError
-from focusdd_det.map_suggestions import Change, Tally, changes, report, suggested_folders, suggested_levels, titles
+from focusdd_det.map_suggestions import (
+    Change,
+    Tally,
+    changes,
+    once,
+    report,
+    suggested_folders,
+    suggested_levels,
+    titles,
+)
 from focusdd_det.progress import progress_bar
 from focusdd_det.seeds import seed_of
 from focusdd_det.sources import Located, Root, folder_names, stream
@@ -169,6 +178,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     class_map = read_class_map(find_map(config.class_map), LEVELS)
     content = _levels(config)
     named = titles(content)
+    synsets = frozenset(imagenet_synsets()) if content else None
     places: list[_Place] = []
     for entry in config.sources:
         places.append(_place(entry, class_map, {place.root.name for place in places}))
@@ -181,7 +191,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     for place in places:
         tallies = {}
         for folder in place.root.folders:
-            tally = _tally(place, folder, class_map, named, bool(content))
+            tally = _tally(place, folder, class_map, named, synsets)
             if tally.level in config.levels or (tally.level is None and config.unmapped):
                 tallies[folder] = tally
         drawn = _draw(place.root, set(tallies), config.per_synset, config.seed)
@@ -217,11 +227,15 @@ def _place(entry: str, class_map: ClassMap, taken: set[str]) -> _Place:
     return _Place(Root(name, location, {folder: table.get(folder, "") for folder in there}), table if own else None)
 
 
-def _tally(place: _Place, folder: str, class_map: ClassMap, named: Mapping[str, str], levelled: bool) -> Tally:
+def _tally(
+    place: _Place, folder: str, class_map: ClassMap, named: Mapping[str, str], synsets: frozenset[str] | None
+) -> Tally:
+    """`synsets`: what a shared map with levels can name; None if it can name any folder."""
     name = place.root.folders[folder] or None
     level = None if name is None else "exact" if place.own is not None else class_map.levels[folder]
     own = place.own is not None
-    return Tally(place.root.name, folder, named.get(folder, ""), name, level, own, not own and levelled)
+    apart = own or (synsets is not None and folder not in synsets)
+    return Tally(place.root.name, folder, named.get(folder, ""), name, level, apart, not own and synsets is not None)
 
 
 def _draw(root: Root, folders: set[str], count: int, seed: int) -> dict[str, tuple[Located, ...]]:
@@ -410,10 +424,6 @@ def suggestion_files(
     source.
     """
     content = _levels(config)
-    synsets = set(imagenet_synsets()) if content else None
-
-    def fits(change: Change) -> bool:
-        return not change.own_map and (synsets is None or change.folder in synsets)
 
     def text(head: str, made: Sequence[Change], value: object) -> bytes:
         notes = [f"# {head}", f"# From {config.class_map} by `focusdd map audit`; read it before you use it. Changes:"]
@@ -422,7 +432,7 @@ def suggestion_files(
         body = yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=10_000)
         return (plain + "\n" + body).encode()
 
-    shared = [change for change in wanted if fits(change)]
+    shared = [change for change in once(wanted) if not change.own_map]
     value: object = (
         suggested_levels(content, shared)
         if content
@@ -430,7 +440,7 @@ def suggestion_files(
     )
     files = {"suggestions.yaml": text("A suggested class map, for class_map= of the build.", shared, value)}
     for place in places:
-        own = [change for change in wanted if change.root == place.root.name and not fits(change)]
+        own = [change for change in wanted if change.root == place.root.name and change.own_map]
         table = suggested_folders(place.own or {}, own)
         if table and (own or place.own is not None):
             name = "".join(c if c.isalnum() or c in "-_" else "_" for c in place.root.name)

@@ -9,7 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from focusdd_det.classmap import LEVELS
@@ -27,7 +27,7 @@ class Tally:
     Attributes:
         root, folder: where it is; title: what the map's comment calls it.
         class_name, level: of the map; None when the map does not name the folder. A map without levels is `exact`.
-        own_map: whether the source has a map of its own.
+        own_map: whether a suggestion belongs into a map of this source alone, not into the one that all share.
         has_levels: whether its map has levels, so that it can be lowered.
         pictures: looked at; bad: those of the draw that could not be used.
         found: class -> pictures in which it is.
@@ -102,11 +102,36 @@ def changes(tallies: Sequence[Tally], found_share: float, add_share: float, leas
     A class only moves or adds a folder when its box is the largest in at least half of the pictures it is found in:
     people stand beside very many things.
 
+    A folder of several sources that the shared map speaks of is one folder: its pictures are counted together, and
+    every source has the same suggestion for it.
+
     Args:
         least: folders with fewer pictures are left alone.
     """
-    made = (_change(tally, found_share, add_share) for tally in tallies if tally.pictures >= max(least, 1))
-    return [change for change in made if change is not None]
+    pools: dict[tuple[str | None, str], list[Tally]] = {}
+    for tally in tallies:
+        pools.setdefault((tally.root if tally.own_map else None, tally.folder), []).append(tally)
+    made = []
+    for pool in pools.values():
+        tally = _together(pool)
+        change = _change(tally, found_share, add_share) if tally.pictures >= max(least, 1) else None
+        made += [replace(change, root=one.root) for one in pool if change is not None]
+    return made
+
+
+def _together(pool: Sequence[Tally]) -> Tally:
+    return replace(
+        pool[0],
+        pictures=sum(tally.pictures for tally in pool),
+        bad=sum(tally.bad for tally in pool),
+        found=sum((tally.found for tally in pool), Counter()),
+        main=sum((tally.main for tally in pool), Counter()),
+    )
+
+
+def once(wanted: Sequence[Change]) -> list[Change]:
+    """The changes of the maps: what several sources have in common is one."""
+    return list({(change.root if change.own_map else None, change.folder): change for change in wanted}.values())
 
 
 def _change(tally: Tally, found_share: float, add_share: float) -> Change | None:
@@ -202,7 +227,7 @@ def report(tallies: Sequence[Tally], wanted: Sequence[Change], head: Sequence[st
     told = {(change.root, change.folder): change for change in wanted}
     mapped = sorted((t for t in tallies if t.class_name), key=lambda t: (t.share(t.class_name), t.folder))
     lines = ["# Audit of the class map", "", *head, ""]
-    counts = Counter(change.kind for change in wanted)
+    counts = Counter(change.kind for change in once(wanted))
     told_kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("lower", "drop", "move", "add"))
     lines += [f"Suggestions: {told_kinds}. None is applied."]
     if bare := _left_bare(tallies, wanted):

@@ -197,7 +197,7 @@ def folder_classes(config: SetConfig) -> ClassMap:
     """
     folders: dict[str, str] = {}
     for entry in config.sources:
-        path, own, _ = _entry(entry)
+        path, own, _ = source_entry(entry)
         location = Path(path).expanduser()
         if not location.exists():
             raise DataError(f"no source folder {location}; expected class folders such as n01440764/*.JPEG, or a tar")
@@ -222,7 +222,7 @@ def folder_classes(config: SetConfig) -> ClassMap:
     return ClassMap(tuple(sorted(set(folders.values()))), folders, dict.fromkeys(folders, "exact"))
 
 
-def _entry(entry: Any) -> tuple[str, str | None, str | None]:
+def source_entry(entry: Any) -> tuple[str, str | None, str | None]:
     """Path, map and name of one of `sources`."""
     if isinstance(entry, dict):
         unknown = set(entry) - {"path", "map", "name"}
@@ -235,7 +235,7 @@ def _entry(entry: Any) -> tuple[str, str | None, str | None]:
 
 def _root(entry: Any, class_map: ClassMap, taken: set[str], strict: bool) -> tuple[Root, str, list[str]]:
     """A source, the hash of its map, and notes. `strict`: a map may name no class that the set lacks."""
-    path, own, name = _entry(entry)
+    path, own, name = source_entry(entry)
     location = Path(path).expanduser()
     name = str(name or location.resolve().name.removesuffix(".tar") or "source")
     name = os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det.errors import ConfigError, DataError, VerifyError
+from focusdd_det.errors import ConfigError, VerifyError
 
 Sizes = NDArray[np.float64]
 _LEVELS = (np.arange(200) + 0.5) / 200  # of the quantiles that are compared
@@ -102,29 +102,10 @@ def sizes_in_cells(folder: Path) -> tuple[Sizes, Sizes]:
     return np.concatenate(whole), np.concatenate(cell)
 
 
-def reference_sizes(annotations: Path) -> Sizes:
-    """Sizes of the boxes of a COCO annotations file, crowds left out.
-
-    Raises:
-        DataError: not such a file, or without boxes.
-    """
-    from focusdd_det.coco_eval import load_annotations
-
-    content = load_annotations(annotations).dataset
-    sides = {image["id"]: max(image["width"], image["height"]) for image in content["images"]}
-    sizes = [
-        float(np.sqrt(a["bbox"][2] * a["bbox"][3]) / sides[a["image_id"]])
-        for a in content["annotations"]
-        if not a.get("iscrowd") and a["image_id"] in sides and min(a["bbox"][2:]) > 0
-    ]
-    if not sizes:
-        raise DataError(f"{annotations} holds no boxes; expected a COCO file such as instances_val2017.json")
-    return np.array(sizes)
-
-
 def grids_command(argv: Sequence[str]) -> int:
     """`focusdd grids SET reference=annotations.json`."""
     from focusdd_det.config import parse_tokens, suggest, wants_help
+    from focusdd_det.stats.reference import read_boxes
 
     if wants_help(argv):
         print(USAGE)
@@ -137,7 +118,7 @@ def grids_command(argv: Sequence[str]) -> int:
         raise ConfigError(f"focusdd grids: {wrong}; for example `focusdd grids datasets/focusdd reference=val.json`")
     folder = Path(argv[0])
     whole, cell = sizes_in_cells(folder)
-    wanted = reference_sizes(Path(str(options["reference"])))
+    wanted = read_boxes(str(options["reference"])).sizes
     now = float(np.abs(quantiles(whole, np.ones(len(whole))) - quantiles(wanted, np.ones(len(wanted)))).mean())
     print(
         f"sizes of boxes, sqrt(w h) / longer side of the picture, at 10, 50 and 90 % of {len(whole)} and {len(wanted)}:"

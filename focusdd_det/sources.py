@@ -86,6 +86,16 @@ def folder_names(root: Root) -> set[str]:
     return {entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")}
 
 
+def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, one by one.
+
+    Raises:
+        DataError: it is no plain tar, damaged or cut short.
+    """
+    with _open_tar(path) as archive:
+        yield from _members(archive, path)
+
+
 def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Located]:
     """All picture files of a root whose class folder is in `root.folders` (and in `folders`, if given).
 

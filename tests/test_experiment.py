@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from safetensors.torch import save_file
 
 from focusdd_det.cli import main
 from focusdd_det.errors import ConfigError
-from focusdd_det.experiment import results, runner
+from focusdd_det.experiment import results, runner, stages
 from focusdd_det.experiment.child import state_of
-from focusdd_det.experiment.distill import stock_arguments
+from focusdd_det.experiment.distill import StockDistillation, check_distill, distill_command, stock_arguments
+from focusdd_det.experiment.preview import _Composites
 from focusdd_det.experiment.settings import build_config, check, train_settings
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
 from focusdd_det.experiment.stages import Fingerprints, Stage, Work
@@ -82,6 +85,7 @@ def test_the_command_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
         (["tabel7"], "did you mean table7"),
         (["table7"], "imagenet=...   class folders"),
         (["noise", "--small", f"asets={tmp_path}"], "did you mean assets"),
+        (["noise", "--small", "assets=0010"], "assets=0010: no such file or folder"),
         (["noise", "--small", f"assets={tmp_path}", "parallel=0"], "parallel=0"),
         (["noise", "--small", f"assets={tmp_path}", "train.epoch=2"], "did you mean epochs"),
         (["noise", "--small", f"assets={tmp_path}", "build.ipcc=2"], "did you mean ipc"),
@@ -201,6 +205,22 @@ def test_keys_follow_the_content_of_files_not_their_place(bench: Path, tmp_path:
     assert again.of("deit_small_patch16_224") == "deit_small_patch16_224"
 
 
+def test_archives_of_one_size_are_told_apart(tmp_path: Path) -> None:
+    """tar pads to 10,240 bytes, so that the same number of bytes says little."""
+    found = set()
+    for folder, name, data in [("a", "x.jpg", b"1"), ("b", "y.jpg", b"1"), ("c", "x.jpg", b"22"), ("d", "x.jpg", b"2")]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(data)
+        with tarfile.open(tmp_path / folder / "n01.tar", "w") as archive:
+            archive.add(tmp_path / folder / name, f"n01/{name}")
+        (tmp_path / folder / name).unlink()
+        prints = Fingerprints()
+        found.add((prints.folder(tmp_path / folder / "n01.tar"), prints.folder(tmp_path / folder)))
+    assert len({file for file, _ in found}) == len({folder for _, folder in found}) == 3
+    (tmp_path / "cut.tar").write_bytes(b"no tar")
+    assert Fingerprints().folder(tmp_path / "cut.tar") == "6"
+
+
 def test_seeds_and_shares_reach_build_and_training(bench: Path) -> None:
     from focusdd_det.experiment.settings import steps_of
 
@@ -227,6 +247,37 @@ def test_stock_distillation_gets_the_same_recipe(bench: Path, tmp_path: Path) ->
     assert not {"supervision", "teacher", "kl_cls"} & set(arguments)
     with pytest.raises(ConfigError, match="needs teacher"):
         stock_arguments({**stock, "teacher": None})
+
+
+def test_stock_distillation_has_the_precision_of_the_other_arms(
+    bench: Path, drawn_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arms = {"distill": {"train.supervision": "distill_model", "train.precision": "bf16", "train.channels_last": True}}
+    experiment = with_arms(drawn(bench), arms, tmp_path, bench)
+    values = train_settings(experiment, experiment.arms[0], 0)
+    for wrong, told in [("bf61", "did you mean bf16"), ("bf16", "is for training on a CPU")]:
+        with pytest.raises(ConfigError, match=told):
+            check_distill({**values, "precision": wrong, "device": "0"})
+    seen: list[tuple[str, torch.dtype, bool]] = []
+
+    def watch(trainer: Any) -> None:
+        for name, net in (("student", trainer.model.student_model), ("teacher", trainer.model.teacher_model)):
+            layer = net.model[0].conv
+            last = layer.weight.is_contiguous(memory_format=torch.channels_last)
+            layer.register_forward_hook(lambda *a, name=name, last=last: seen.append((name, a[-1].dtype, last)))
+
+    started = StockDistillation.__init__
+
+    def start(trainer: Any, *given: Any) -> None:
+        started(trainer, *given)
+        trainer.add_callback("on_train_start", watch)
+
+    monkeypatch.setattr(StockDistillation, "__init__", start)
+    values |= {"data": str(drawn_set), "project": str(tmp_path / "runs"), "name": "one", "epochs": 1, "workers": 0}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+    distill_command([str(tmp_path / "train.yaml")])
+    assert set(seen) == {(name, torch.bfloat16, True) for name in ("student", "teacher")}
+    assert (tmp_path / "runs" / "one" / "weights" / "last.pt").is_file()
 
 
 # ---- the scheduler, with stages that only pretend ----
@@ -290,6 +341,74 @@ def test_every_stage_is_run_once(bench: Path, tmp_path: Path, pretend: Path, par
     assert sorted(added) == ["build", "eval", "eval", "train", "train"]
 
 
+def test_results_say_which_code_made_them(
+    bench: Path, tmp_path: Path, pretend: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other code makes nothing again, and a table of both says so, however often it is run."""
+    out = tmp_path / "out"
+    words = ["experiment", str(bench / "drawn.yaml"), f"bench={bench}", f"out={out}"]
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "old")
+    assert main([*words, "seeds=[0]"]) == 0
+    assert "different versions" not in capsys.readouterr().out
+    before = pretend.read_text().splitlines()
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "new")
+    assert main([*words, "seeds=[0]"]) == 0
+    assert pretend.read_text().splitlines() == before
+    assert "different versions" not in capsys.readouterr().out
+    for _ in range(2):
+        assert main([*words, "seeds=[0, 1]"]) == 0
+        assert "different versions of code" in capsys.readouterr().out
+    found, _ = results.read(out, drawn(bench))
+    assert [(r.seed, r.versions["code"]) for r in found] == [(0, "old"), (1, "new")] * 2
+    (out / "evals" / f"{found[0].stages['eval']}.json").unlink()  # made again, by other code than its training
+    assert main([*words, "seeds=[0, 1]"]) == 0
+    assert [r.versions["code"] for r in results.read(out, drawn(bench))[0]] == ["new old", "new", "old", "new"]
+
+
+def test_a_stage_that_other_code_began_is_of_both(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "code_sha256", lambda *_: "old")
+    experiment, out = drawn(bench), tmp_path / "out"
+    with runner.opened(experiment, out):
+        work = Work(experiment, out)
+    stage = work.build(experiment.arms[0], 0)
+    stages.write_stage(work, stage)
+    work.code = "new"
+    assert work.codes_until(stage) == ["new"], "nothing of the old one is there"
+    stage.output.with_name(stage.output.name + ".incomplete").mkdir()
+    assert work.codes_until(stage) == ["new", "old"]
+    stages.write_stage(work, stage)
+    assert work.code_of([stage.key]) == "new old"
+    assert work.code_of(["0" * 12]) == "unknown"
+
+
+def test_the_hash_of_the_code_follows_code_and_configs(tmp_path: Path) -> None:
+    for name in ("a.py", "sub/b.py", "cfg/train.yaml", "cfg/experiments/mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    found = [stages.code_sha256(tmp_path, tmp_path / "cfg")]
+    (tmp_path / "cfg" / "experiments" / "mine.yaml").write_text("2")
+    assert stages.code_sha256(tmp_path, tmp_path / "cfg") == found[0]
+    for name in ("a.py", "sub/b.py", "cfg/train.yaml"):
+        (tmp_path / name).write_text("2")
+        found.append(stages.code_sha256(tmp_path, tmp_path / "cfg"))
+    assert len(set(found)) == 4
+
+
+def test_a_result_names_the_data_it_was_made_of(bench: Path, tmp_path: Path, pretend: Path) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(bench / "sources", sources)
+    build = {**yaml.safe_load((bench / "drawn.yaml").read_text())["build"], "sources": [str(sources)]}
+    experiment = with_arms(drawn(bench), {"plain": None}, tmp_path, bench, build=build, seeds=[0])
+    out = tmp_path / "out"
+    runner.run(experiment, out)
+    before = results.read(out, experiment)[0][0].inputs
+    assert set(before) == {str(sources), str(bench / "teacher.pt"), str(bench / "coco" / "data.yaml")}
+    next(sources.rglob("*.jpg")).unlink()
+    runner.run(experiment, out)
+    after = results.read(out, experiment)[0][0].inputs
+    assert [path for path in before if after[path] != before[path]] == [str(sources)]
+
+
 def test_a_lost_result_is_made_again_alone(bench: Path, tmp_path: Path, pretend: Path) -> None:
     experiment, out = drawn(bench, seeds=[0]), tmp_path / "out"
     runner.run(experiment, out)
@@ -334,6 +453,8 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_there(
     words = ["experiment", str(bench / "drawn.yaml"), f"bench={bench}", f"out={out}", "seeds=[0]"]
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert main([*words, "--dry-run", "train.close-mosaic=1", "--train.warmup-epochs", "0"]) == 0
+    assert capsys.readouterr().out == said
     assert "there: 0 of 2 results; to do: 1 builds, 2 trainings" in said
     assert not out.exists()
     runner.run(drawn(bench, seeds=[0]), out)
@@ -341,14 +462,33 @@ def test_a_dry_run_writes_nothing_and_knows_what_is_there(
     assert "there: 2 of 2 results; to do: 0 builds, 0 trainings" in capsys.readouterr().out
 
 
-def test_one_experiment_at_a_time_in_a_folder(bench: Path, tmp_path: Path) -> None:
-    from focusdd_det.detset import locked
+def test_a_dry_run_counts_the_composites_of_every_arm_and_seed(bench: Path, tmp_path: Path) -> None:
+    """9 sources a class are two composites of 2 x 2, or one of 3 x 3; which grid a composite has is drawn by seed."""
+    build = {**yaml.safe_load((bench / "drawn.yaml").read_text())["build"], "ipc": 2, "short_class": "reduce"}
+    arms = {"vary": {"grids": [[], [3], [2, 3]]}}
+    experiment = with_arms(drawn(bench), arms, tmp_path, bench, build=build, seeds=[0, 1, 2, 3])
+    kept = _Composites()
+    configs = [build_config(experiment, arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+    found = [kept.of(config)[0] for config in configs]
+    assert found == [_Composites().of(config)[0] for config in configs]
+    assert found[:8] == [6] * 4 + [3] * 4
+    assert len(set(found[8:])) > 1
+
+
+def test_one_experiment_at_a_time_in_a_folder(bench: Path, tmp_path: Path, pretend: Path) -> None:
+    """The one that comes second touches nothing, not even the description of what runs there."""
     from focusdd_det.errors import DiskError
 
     experiment, out = drawn(bench), tmp_path / "out"
-    runner.open_folder(experiment, out)
-    with locked(out), pytest.raises(DiskError, match="is being written"):
-        runner.run(experiment, out)
+    with runner.opened(experiment, out):
+        described = (out / runner.MARK).read_bytes()
+        with pytest.raises(DiskError, match="is being written"):
+            runner.run(drawn(bench, seeds=[7]), out)
+        assert (out / runner.MARK).read_bytes() == described
+    killed = tmp_path / "killed"  # between its first two steps
+    killed.mkdir()
+    (killed / ".lock").touch()
+    assert runner.run(drawn(bench, seeds=[0]), killed) == 0
 
 
 def test_a_stage_ends_with_its_experiment(tmp_path: Path) -> None:
@@ -455,7 +595,6 @@ def test_stock_distillation_trains_from_the_same_start(bench: Path, tmp_path: Pa
     from ultralytics.nn.distill_model import DistillationModel
 
     from focusdd_det.detset import verify
-    from focusdd_det.experiment.distill import StockDistillation
     from focusdd_det.teacher import safe_checkpoint
     from focusdd_det.trainer import FocusDDTrainer
 

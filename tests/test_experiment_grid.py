@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,7 +18,7 @@ from focusdd_det.experiment.plot import lines_of, plot
 from focusdd_det.experiment.results import Failure, Result
 from focusdd_det.experiment.settings import steps_for
 from focusdd_det.experiment.spec import Experiment, read_experiment
-from focusdd_det.experiment.statistics import Difference, paired_difference, summary, verdict
+from focusdd_det.experiment.statistics import Difference, paired_difference, student, summary, verdict
 from focusdd_det.experiment.table import as_json, make_table, markdown
 
 SECTIONS = {"build": ["method", "ipc", "seed"], "train": ["supervision", "seed"]}
@@ -42,11 +43,19 @@ def test_differences_are_paired_by_seed() -> None:
     assert paired_difference({0: 5.0}, {1: 4.0}) is None
 
 
+AT_95 = "more than twice its standard error, but not at 95 % with {} seeds"
+
+
 @pytest.mark.parametrize(
     ("difference", "means", "floor", "expected"),
     [
-        (Difference(3, 2.0, 0.9), (9.0, 7.0), 3.0, ("better", "")),
-        (Difference(3, -2.0, 0.9), (7.0, 9.0), 3.0, ("worse", "")),
+        (Difference(3, 2.0, 0.4), (9.0, 7.0), 3.0, ("better", "")),
+        (Difference(3, -2.0, 0.4), (7.0, 9.0), 3.0, ("worse", "")),
+        (Difference(3, 4.3, 1.0), (9.0, 7.0), 3.0, ("not resolved", AT_95.format(3))),
+        (Difference(3, 4.31, 1.0), (9.0, 7.0), 3.0, ("better", "")),
+        (Difference(5, -2.7, 1.0), (7.0, 9.0), 3.0, ("not resolved", AT_95.format(5))),
+        (Difference(5, -2.8, 1.0), (7.0, 9.0), 3.0, ("worse", "")),
+        (Difference(61, 2.01, 1.0), (9.0, 7.0), 3.0, ("better", "")),
         (Difference(3, 2.0, 1.0), (9.0, 7.0), 3.0, ("not resolved", "within 2 SE")),  # exactly twice does not exceed
         (Difference(2, 2.0, 0.1), (9.0, 7.0), 3.0, ("not resolved", "2 of at least 3 seeds")),
         (Difference(3, 2.0, 0.1), (5.0, 3.0), 3.0, ("not resolved", "not above 3 mAP")),
@@ -58,6 +67,22 @@ def test_differences_are_paired_by_seed() -> None:
 )
 def test_when_a_ranking_is_claimed(difference: Any, means: Any, floor: Any, expected: tuple[str, str]) -> None:
     assert verdict(difference, means, floor) == expected
+
+
+def test_students_quantiles() -> None:
+    """At 95 %, two-sided, by scipy.stats.t.ppf(0.975, pairs - 1)."""
+    table = {2: 12.706, 3: 4.303, 11: 2.228, 12: 2.201, 14: 2.160, 18: 2.110, 26: 2.060, 30: 2.045, 121: 1.980}
+    for pairs, quantile in table.items():
+        assert student(pairs) == pytest.approx(quantile, abs=0.0015), pairs
+    assert [student(n) for n in range(2, 200)] == sorted((student(n) for n in range(2, 200)), reverse=True)
+
+
+def test_three_equal_arms_are_seldom_ranked() -> None:
+    """Of differences that are noise around 0, a twentieth passes; by two standard errors alone 18 %."""
+    noise = np.random.default_rng(0).normal(size=(4000, 3))
+    found = [paired_difference(dict(enumerate(row)), dict.fromkeys(range(3), 0.0)) for row in noise]
+    claimed = sum(verdict(difference, (9.0, 9.0))[0] != "not resolved" for difference in found)
+    assert 0.04 < claimed / len(noise) < 0.06
 
 
 @pytest.mark.parametrize(
@@ -184,6 +209,16 @@ def test_versions_that_differ_are_told(tmp_path: Path) -> None:
     assert "different versions of torch" in markdown(make_table(wanted, [first, second], []))
 
 
+def test_data_that_changed_between_results_is_told(tmp_path: Path) -> None:
+    wanted = experiment(tmp_path)
+    first, second, third = (result(wanted, arm, seed, {"cat": 9.0}, ("cat",)) for arm, seed in ((0, 0), (1, 0), (1, 1)))
+    first.inputs.update({"pictures": "1", "a.pt": "2"})
+    second.inputs.update({"pictures": "1", "b.pt": "3"})  # arms may differ in what they name
+    assert "different contents" not in markdown(make_table(wanted, [first, second, third], []))
+    third.inputs.update({"pictures": "4"})
+    assert "different contents of pictures:" in markdown(make_table(wanted, [first, second, third], []))
+
+
 def test_lines_over_what_is_varied_in_numbers(tmp_path: Path) -> None:
     wanted = experiment(tmp_path, arms={"vary": {"method": ["random", "focusdd"], "ipc": [1, 10, 50]}})
     found = lines_of(wanted, make_table(wanted, [], []))
@@ -219,6 +254,8 @@ def test_a_result_ends_a_failure_and_belongs_to_what_was_asked(tmp_path: Path) -
     assert results.read(tmp_path, wanted) == ([found], [])
     other = experiment(tmp_path, iterations=11)
     assert results.read(tmp_path, other) == ([], [])
+    results.append(tmp_path, results.failure_record(failure))
+    assert results.read(tmp_path, wanted) == ([], [failure]), "the older number is of what was there before"
 
 
 # ---- files ----

@@ -190,6 +190,7 @@ def test_a_bad_picture_is_named_and_the_others_are_done(
         (["disc", "out=file"], 5, "out=file is not a folder"),
         (["disc", "out=set/explain"], 2, "is sealed"),
         (["disc", "id=a"], 2, "disc is not a distilled set"),
+        (["disc", "class=007"], 2, "class=007: the selector knows no such class"),
         (["disc", "plugins=gone.py"], 2, "plugins: cannot read gone.py"),
     ],
 )

@@ -198,6 +198,10 @@ def test_the_command(made_cls: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "did you mean results" in capsys.readouterr().err
     assert main(["card", str(made_cls), f"results={one}", f"out={made_cls / 'x.md'}"]) == 2
     assert main(["card", str(made_cls), f"results={tmp_path / 'none.json'}", f"out={tmp_path / 'x.md'}"]) == 3
+    assert main(["card", str(made_cls), "licence.my-photos=1.10", f"out={tmp_path / 'x.md'}"]) == 2
+    assert "my-photos" in capsys.readouterr().err
+    assert main([*words[:2], "licence.photos=1.10", f"out={tmp_path / 'y.md'}"]) == 0
+    assert "| 1.10 |" in (tmp_path / "y.md").read_text()
     assert main(["card", "--help"]) == 0
     assert (made_cls / "README.md").read_bytes() == sealed
     assert not (tmp_path / "x.md").exists()

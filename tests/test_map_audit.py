@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from focusdd_det.cli import main
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import WeightsError
 from focusdd_det.map_audit import best_boxes, read_looks
-from focusdd_det.map_suggestions import Tally, changes, suggested_levels, titles, wilson
+from focusdd_det.map_suggestions import Tally, changes, once, report, suggested_levels, titles, wilson
 from focusdd_det.types import Detections
 
 DOG, CAT, BIRD = "n02085620", "n02123045", "n01530575"  # synsets of ImageNet-1K
@@ -67,6 +68,25 @@ def tally(folder: str, class_name: str | None, level: str | None, n: int, found:
 def test_what_is_suggested(given: Tally, expected: tuple[str, str | None, str | None] | None) -> None:
     made = changes([given], found_share=0.5, add_share=0.8, least=5)
     assert [(c.kind, c.new, c.new_level) for c in made] == ([expected] if expected else [])
+
+
+def test_a_folder_of_several_sources_has_one_suggestion() -> None:
+    """Unless a source has a map of its own."""
+    one = tally("a", "dog", "exact", 20, {"dog": 16})
+    two = replace(tally("a", "dog", "exact", 20, {"cat": 20, "dog": 1}), root="s")  # alone: move to cat
+    apart = replace(two, root="t", own_map=True, has_levels=False)
+    made = changes([one, two, apart], found_share=0.5, add_share=0.8, least=5)
+    assert [(c.root, c.kind, c.new) for c in made] == [
+        ("r", "lower", "dog"),
+        ("s", "lower", "dog"),
+        ("t", "move", "cat"),
+    ]
+    assert made[0].why == "dog found in 17 of 40"
+    assert [c.root for c in once(made)] == ["s", "t"]
+    text = report([one, two, apart], made, [], 0.5)
+    assert "Suggestions: 1 lower, 0 drop, 1 move, 0 add" in text
+    few = [replace(one, root=root, pictures=3, found=Counter()) for root in ("r", "s")]
+    assert len(changes(few, found_share=0.5, add_share=0.8, least=5)) == 2, "together they are enough to say"
 
 
 def test_a_picture_is_counted_once_a_class_and_its_largest_box_leads() -> None:

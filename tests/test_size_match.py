@@ -11,7 +11,8 @@ import pytest
 from focusdd_det.cli import main
 from focusdd_det.detset import read_manifest
 from focusdd_det.errors import ConfigError
-from focusdd_det.size_match import quantiles, reference_sizes, sizes_in_cells, suggestions
+from focusdd_det.size_match import quantiles, sizes_in_cells, suggestions
+from focusdd_det.stats.reference import measure, read_boxes
 
 
 def test_quantiles_weigh_boxes() -> None:
@@ -46,7 +47,8 @@ def test_sizes_of_a_set_and_of_a_reference(drawn_set: Path, tmp_path: Path) -> N
              for i, (w, h, crowd) in enumerate([(10, 10, 0), (40, 10, 0), (50, 50, 1)], 1)]  # fmt: skip
     content = {"images": pictures, "annotations": boxes, "categories": [{"id": 1, "name": "disc"}]}
     (tmp_path / "r.json").write_text(json.dumps(content))
-    np.testing.assert_allclose(reference_sizes(tmp_path / "r.json"), [0.1, 0.2])
+    np.testing.assert_allclose(read_boxes(tmp_path / "r.json").sizes, [0.1, 0.2])
+    assert measure(tmp_path / "r.json").boxes == 2
 
 
 def test_the_command_names_the_nearest_first(

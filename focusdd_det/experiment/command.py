@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from focusdd_det.config import parse_tokens, suggest
+from focusdd_det.config import BuildConfig, ClassBuildConfig, parse_tokens, suggest
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, FocusDDError
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
@@ -33,6 +33,7 @@ A failed stage is recorded with the end of its log; the other arms go on, and th
 docs/experiments.md has the file format. Shipped:
 """
 OPTIONS: dict[str, Any] = {"out": str, "parallel": int, "small": bool, "dry_run": bool, "table": bool}
+BUILDS = (BuildConfig, ClassBuildConfig)
 DEFAULT_OUT = Path("runs") / "experiments"
 
 
@@ -53,7 +54,11 @@ def experiment_command(argv: Sequence[str]) -> int:
     if helped:
         print(_about(files[0]))
         return 0
-    given = parse_tokens(_bare(words[1:]), OPTIONS, {})
+    needs = {**variables(files[0]), **variables(files[0], small=True)}
+    texts = {f"build.{key}": hint for kind in BUILDS for key, hint in get_type_hints(kind).items()}
+    texts |= {key.replace("_", "-"): hint for key, hint in texts.items()}
+    found = parse_tokens(_bare(words[1:]), {**texts, **dict.fromkeys(needs, str), **OPTIONS}, {})
+    given = {key.replace("-", "_"): value for key, value in found.items()}  # train.close-mosaic
     flags = {key: _flag(given, key) for key in ("small", "dry_run", "table")}
     parallel = given.pop("parallel", 1)
     if type(parallel) is not int or parallel < 1:

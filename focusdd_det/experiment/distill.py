@@ -2,26 +2,29 @@
 
 The trainer, the loss, the data order and the augmentation are stock. What differs from `yolo train` is only what must:
 no label cache (a pickle) is left in the set, nothing is downloaded, checkpoints are read without running code, and
-nothing is validated on the training composites.
+nothing is validated on the training composites. On a CPU, `precision` and `channels_last` mean what they mean for the
+arms beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from focusdd_det.config import read_yaml
+from focusdd_det.config import read_yaml, suggest
 from focusdd_det.detect_cli import check_stock
 from focusdd_det.errors import ConfigError
-from focusdd_det.precision import local_amp_check
+from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check
 from focusdd_det.replay import CleanDataset
 from focusdd_det.run_files import WholePath, checkpoint_argument, model_argument, strip
-from focusdd_det.supervision import Options
+from focusdd_det.supervision import PRECISIONS, Options
 from focusdd_det.teacher import safe_ultralytics
 from focusdd_det.traindata import check_count, load_yolo_data, resolve_data
 
@@ -44,12 +47,17 @@ def check_distill(values: dict[str, Any]) -> None:
     """ConfigError where the arguments cannot be used."""
     stock = stock_arguments(values)
     check_stock(stock, "detect")
+    precision = values.get("precision", "fp32")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: expected fp32 or bf16{suggest(str(precision), PRECISIONS)}")
+    check_precision(precision, stock.get("device"), stock.get("amp", True))
 
 
 class StockDistillation(DetectionTrainer):  # type: ignore[misc]
     """Ultralytics' trainer, kept from writing into the set and from measuring on it."""
 
-    def __init__(self, overrides: dict[str, Any]) -> None:
+    def __init__(self, overrides: dict[str, Any], precision: str = "fp32") -> None:
+        self.precision = precision
         self.source = resolve_data(overrides["data"])
         overrides = {**overrides, "data": str(self.source.yaml), "task": "detect"}
         overrides["model"] = model_argument(overrides["model"], False)
@@ -87,8 +95,19 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
         return dataset
 
     def _setup_train(self) -> None:
+        asked, on_cpu = self.args.channels_last, self.device.type == "cpu"
+        if on_cpu:
+            self.args.channels_last = None  # Ultralytics would say that it ignores it here
         with safe_ultralytics(), local_amp_check():
             super()._setup_train()
+        self.args.channels_last = asked
+        if on_cpu and asked:  # student and teacher
+            self.model.to(memory_format=torch.channels_last)
+
+    def _do_train(self) -> None:
+        bf16 = self.precision == "bf16" and self.device.type == "cpu"
+        with bf16_on_cpu() if bf16 else contextlib.nullcontext():
+            super()._do_train()
 
     def validate(self) -> tuple[dict[str, float], float | None]:
         """Nothing: the only val split is the set itself."""
@@ -104,7 +123,7 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
 def distill_command(argv: Sequence[str]) -> int:
     """Train from the YAML file with the training's keys."""
     values = read_yaml(Path(argv[0]))
-    trainer = StockDistillation(stock_arguments(values))
+    trainer = StockDistillation(stock_arguments(values), values.get("precision", "fp32"))
     trainer.train()
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0

@@ -95,8 +95,20 @@ class _Composites:
         self._known: dict[str, tuple[int, int]] = {}
 
     def of(self, config: SetConfig) -> tuple[int, int]:
-        keys = ("sources", "classes", "ipc", "short_class", "ipc_unit", "class_map", "levels", "method", "grid")
-        key = key_of([getattr(config, name, None) for name in keys])
+        keys = (
+            "sources",
+            "classes",
+            "ipc",
+            "short_class",
+            "ipc_unit",
+            "class_map",
+            "levels",
+            "method",
+            "grid",
+            "grids",
+        )
+        drawn = config.seed if config.grids else None  # which grid each composite gets
+        key = key_of([drawn, *(getattr(config, name, None) for name in keys)])
         if key not in self._known:
             plan = make_plan(config)
             self._known[key] = plan.composites, plan.sources

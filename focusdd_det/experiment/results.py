@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class Result:
         covered: classes of the arm's own set (detection).
         composites, epochs, iterations: of its training.
         stages: kind -> key.
-        versions: of the packages that made it.
+        versions: of the packages that made it; `code`: hashes of the code that made its stages.
+        inputs: path -> hash of what stood there, of the sources, teachers and evaluation data; empty in older files.
     """
 
     arm: str
@@ -41,6 +42,7 @@ class Result:
     iterations: int
     stages: dict[str, str]
     versions: dict[str, str]
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def failure_record(failure: Failure) -> dict[str, Any]:
 
 
 def read(out: Path, experiment: Experiment) -> tuple[list[Result], list[Failure]]:
-    """The latest result of every arm and seed of an experiment, in its order, and failures that no result followed."""
+    """The results of an experiment's arms and seeds and the failures, in its order; of each the latest line counts."""
     results: dict[tuple[str, int], Result] = {}
     failures: dict[tuple[str, int], Failure] = {}
     for line in _lines(out / FILE):
@@ -125,6 +127,7 @@ def read(out: Path, experiment: Experiment) -> tuple[list[Result], list[Failure]
                 failures.pop(key, None)
             elif kind == "failure":
                 failures[key] = Failure(**record)
+                results.pop(key, None)  # of what was there before: it may be of other data
         except (ValueError, TypeError, KeyError, AttributeError):
             continue  # a line that was cut short
     wanted = [(arm, (experiment.arm_sha256(arm), seed)) for arm in experiment.arms for seed in experiment.seeds]

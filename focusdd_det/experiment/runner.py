@@ -56,8 +56,7 @@ def run(experiment: Experiment, out: Path, parallel: int = 1) -> int:
         DiskError: `out` is not ours, or another experiment is running there.
         KeyboardInterrupt: stopped; the running stages were stopped first, and the same command goes on.
     """
-    open_folder(experiment, out)
-    with detset.locked(out):
+    with opened(experiment, out):
         work = Work(experiment, out)
         cells = [_Cell(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
         running: dict[str, _Running] = {}
@@ -76,21 +75,28 @@ def run(experiment: Experiment, out: Path, parallel: int = 1) -> int:
     return sum(1 for _ in results.read(out, experiment)[1])
 
 
-def open_folder(experiment: Experiment, out: Path) -> None:
-    """Make the work folder and write what is run there.
+@contextlib.contextmanager
+def opened(experiment: Experiment, out: Path) -> Iterator[None]:
+    """The work folder, made and locked, with what is run there written in it.
 
     Raises:
-        DiskError: it holds something else, or cannot be made.
+        DiskError: it holds something else, another experiment is running there, or it cannot be made.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MARK).is_file())):
+    held = [path.name for path in out.iterdir() if path.name != ".lock"] if out.is_dir() else []
+    if (out.exists() and not out.is_dir()) or (held and MARK not in held):
         raise DiskError(f"{out} exists and is no work folder of an experiment; choose another `out`")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        detset.write_atomic(out / MARK, _description(experiment).encode())
-        for name in PLACES:
-            (out / name).mkdir(exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
+    with detset.locked(out):
+        try:
+            detset.write_atomic(out / MARK, _description(experiment).encode())
+            for name in PLACES:
+                (out / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"cannot write in {out}: {error.strerror}; choose another `out`") from error
+        yield
 
 
 def _description(experiment: Experiment) -> str:
@@ -144,7 +150,8 @@ def _record(work: Work, cell: _Cell, found: Finished) -> None:
         found.steps.epochs,
         found.steps.iterations,
         dict(found.stages),
-        work.versions,
+        {**work.versions, "code": work.code_of(found.stages.values())},
+        work.inputs(cell.arm, cell.seed),
     )
     known, failed = results.read(work.out, work.experiment)
     same = [f for f in failed if (f.arm_sha256, f.seed) == (result.arm_sha256, result.seed)]

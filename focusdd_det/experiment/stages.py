@@ -8,7 +8,8 @@
   results.md, results.json, plot.png
 
 A key is the hash of everything that determines the stage's result: its config, the content of every file that it names,
-the manifest of its set, the versions. So equal stages of several arms are one, and a finished one is found again.
+the manifest of its set, the versions. So equal stages of several arms are one, and a finished one is found again. The
+code itself is not in it: hours of work would be made again after any change. A result says which code made its stages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +28,9 @@ import yaml
 from focusdd_det import detset
 from focusdd_det.build import MACHINE_KEYS, PACKAGES
 from focusdd_det.classmap import find_map
-from focusdd_det.config import SetConfig, as_plain
+from focusdd_det.config import SetConfig, as_plain, cfg_dir
 from focusdd_det.detset import file_sha256
-from focusdd_det.errors import ConfigError, VerifyError, WeightsError
+from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.settings import (
     DISTILL,
@@ -47,6 +48,8 @@ from focusdd_det.experiment.settings import (
 )
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.methods import METHODS
+from focusdd_det.plan import source_entry
+from focusdd_det.sources import tar_members
 from focusdd_det.teacher import resolve_weights
 from focusdd_det.traindata import load_yolo_data, resolve_data
 
@@ -58,6 +61,7 @@ TRAIN_FILES = ("model", "teacher", "teacher_weights", "weights", "pretrained", "
 STORE_MACHINE = ("device", "workers", "download", "overwrite")
 STORE_FILES = ("teacher", "teacher_weights", "eval_data")
 EVAL_MACHINE = ("device", "download")
+PACKAGE = Path(__file__).resolve().parent.parent
 _ALL_EQUAL = ("random", "whole")  # methods that look at sources in the same way, without the ViT
 
 
@@ -130,11 +134,11 @@ class Fingerprints:
         return file_sha256(beside) if weights and beside.is_file() else ""
 
     def folder(self, path: Path) -> str:
-        """Of the names and sizes of all files in a folder, in any order; of an archive's size."""
+        """Of the names and sizes of all files in a folder, in any order, and in tars there; or of those in a tar."""
         path = path.resolve()
         if path not in self._folders:
             if path.is_file():
-                self._folders[path] = f"{path.stat().st_size}"
+                self._folders[path] = _archive(path)
             else:
                 total = count = 0
                 for top, _, names in os.walk(path):
@@ -143,7 +147,8 @@ class Fingerprints:
                         if name.endswith(".cache"):
                             continue  # of Ultralytics, not of the data
                         size = os.lstat(os.path.join(top, name)).st_size  # noqa: PTH118
-                        line = f"{relative}/{name}/{size}".encode("utf-8", "surrogateescape")
+                        inside = _archive(Path(top, name)) if name.endswith(".tar") else ""
+                        line = f"{relative}/{name}/{size}{inside}".encode("utf-8", "surrogateescape")
                         total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
                         count += 1
                 self._folders[path] = f"{count} files {total % (1 << 128):032x}"
@@ -152,16 +157,33 @@ class Fingerprints:
     def sources(self, config: SetConfig) -> list[Any]:
         """Of every source of a build and its map."""
         found = []
-        for entry in config.sources:
-            if isinstance(entry, Mapping):
-                path, own, name = str(entry["path"]), entry.get("map"), entry.get("name")
-            else:
-                path, _, own = str(entry).partition("::")
-                name = None
+        for path, own, name in map(source_entry, config.sources):
             location = Path(path).expanduser()
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
+
+
+def _archive(path: Path) -> str:
+    """Of the names and sizes of a tar's members: archives of equal size are common, as tar pads them. Of the size alone
+    where it cannot be read as a tar; the build says why."""
+    listed = hashlib.blake2b(digest_size=16)
+    try:
+        for member in tar_members(path) if path.is_file() else ():
+            listed.update(f"{member.name}/{member.size}\n".encode("utf-8", "surrogateescape"))
+    except DataError:
+        return f"{path.stat().st_size}"
+    return listed.hexdigest()
+
+
+def code_sha256(package: Path, configs: Path) -> str:
+    """12 hex digits of a package's code and configs; what an experiment's own file asks for, each result knows."""
+    files = [*package.rglob("*.py"), *(f for f in configs.iterdir() if f.is_file())]
+    total = hashlib.sha256()
+    for file in sorted(set(files), key=str):
+        place = package if file.is_relative_to(package) else configs
+        total.update(f"{file.relative_to(place).as_posix()} {file_sha256(file)}\n".encode())
+    return total.hexdigest()[:12]
 
 
 def key_of(content: Any) -> str:
@@ -192,6 +214,7 @@ class Work:
         self.out = out.resolve()
         self.prints = Fingerprints()
         self.versions = {name: version(name) for name in ("focusdd_det", *PACKAGES)}
+        self.code = code_sha256(PACKAGE, cfg_dir())
         self._manifests: dict[tuple[Path, int], tuple[str, int]] = {}
         self._evaluated: dict[str, Any] = {}  # data.yaml -> what stands for its pictures
 
@@ -217,6 +240,40 @@ class Work:
     def marker(self, stage: Stage) -> Path:
         """The file that the stage's process writes when it has finished."""
         return self.place("stages", f"{stage.name}.done")
+
+    def code_of(self, keys: Iterable[str]) -> str:
+        """The code that made some stages: one hash, or several where it changed in between."""
+        return " ".join(sorted({code for key in keys for code in self._codes(key)}))
+
+    def _codes(self, key: str) -> list[str]:
+        for file in (self.out / "stages").glob(f"*-{key}.json"):
+            try:
+                return [str(code) for code in json.loads(file.read_text(encoding="utf-8"))["code"]]
+            except (OSError, ValueError, KeyError, TypeError):
+                break  # written before there was a hash of the code
+        return ["unknown"]
+
+    def codes_until(self, stage: Stage) -> list[str]:
+        """The code that will have made a stage when it has been run now: also that which began it."""
+        return sorted({self.code, *(self._codes(stage.key) if self.begun(stage) else ())})
+
+    def inputs(self, arm: Arm, seed: int) -> dict[str, str]:
+        """Path -> what stands there, of an arm's sources, teachers and evaluation data.
+
+        Raises:
+            ConfigError, DataError: the evaluation data cannot be used.
+        """
+        config = build_config(self.experiment, arm, seed)
+        paths = [source_entry(entry)[0] for entry in config.sources]
+        found: dict[str, Any] = dict(zip(paths, self.prints.sources(config), strict=True))
+        evaluation = self.experiment.section("eval", arm)
+        named = [self.experiment.section(name, arm).get("teacher") for name in ("targets", "relabel", "train")]
+        named += [getattr(config, "teacher", None), evaluation.get("annotations"), evaluation.get("images")]
+        found |= {str(value): self.prints.of(value) for value in named if value is not None}
+        if evaluation.get("data"):
+            data = str(evaluation["data"])
+            found[data] = self._pictures(data) if self.experiment.task == "detect" else self.prints.of(data)
+        return {path: key_of(content) for path, content in found.items()}
 
     # ---- the chain ----
 
@@ -362,6 +419,7 @@ def write_stage(work: Work, stage: Stage) -> Path:
         "marker": str(work.marker(stage)),
         "argv": [word.replace("{config}", str(config)) for word in stage.argv],
         "resume": _plain(stage.resume),
+        "code": work.codes_until(stage),
     }
     file = work.place("stages", f"{stage.name}.json")
     detset.write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())

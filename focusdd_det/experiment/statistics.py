@@ -9,6 +9,12 @@ from dataclasses import dataclass
 LEAST_SEEDS = 3  # pairs below which nothing is claimed
 FLOOR = 3.0  # mAP in percent that both arms must be above
 STANDARD_ERRORS = 2.0  # that a difference must exceed
+CONFIDENCE = 0.95  # two-sided, that it must reach as well: with three pairs two standard errors are 82 % only
+# Student's t at CONFIDENCE: degrees of freedom -> quantile. Between them it is nearly linear in 1 / degrees of freedom.
+_STUDENT = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
+    15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, math.inf: 1.960,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,16 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
     return Difference(n, mean, None if sd is None else sd / math.sqrt(n))
 
 
+def student(pairs: int) -> float:
+    """How many standard errors a mean of so many differences (at least 2) must exceed at CONFIDENCE."""
+    freedom = pairs - 1
+    below, above = max(n for n in _STUDENT if n <= freedom), min(n for n in _STUDENT if n >= freedom)
+    if below == above:
+        return _STUDENT[below]
+    part = (1 / below - 1 / freedom) / (1 / below - 1 / above)
+    return _STUDENT[below] + part * (_STUDENT[above] - _STUDENT[below])
+
+
 def verdict(difference: Difference | None, means: Sequence[float], floor: float | None = FLOOR) -> tuple[str, str]:
     """Whether a ranking may be claimed.
 
@@ -77,6 +93,9 @@ def verdict(difference: Difference | None, means: Sequence[float], floor: float 
         reasons.append(f"{difference.n} of at least {LEAST_SEEDS} seeds")
     if difference.se is not None and not abs(difference.mean) > STANDARD_ERRORS * difference.se:
         reasons.append(f"within {STANDARD_ERRORS:g} SE")
+    elif difference.se is not None and not abs(difference.mean) > student(difference.n) * difference.se:
+        sure = f"{100 * CONFIDENCE:g} % with {difference.n} seeds"
+        reasons.append(f"more than twice its standard error, but not at {sure}")
     if floor is not None and not all(mean > floor for mean in means):
         reasons.append(f"not above {floor:g} mAP")
     if reasons:

@@ -9,6 +9,7 @@ from typing import Any
 from focusdd_det.experiment.results import Failure, Result
 from focusdd_det.experiment.spec import Experiment
 from focusdd_det.experiment.statistics import (
+    CONFIDENCE,
     LEAST_SEEDS,
     STANDARD_ERRORS,
     Difference,
@@ -20,8 +21,8 @@ from focusdd_det.experiment.statistics import (
 
 UNITS = {"covered": "mAP, covered classes", "all": "mAP, all classes", "top1": "top-1", "top5": "top-5"}
 RULE = (
-    f"A ranking is claimed only when the paired difference exceeds {STANDARD_ERRORS:g} times its standard error over "
-    f"at least {LEAST_SEEDS} seeds"
+    f"A ranking is claimed only when the paired difference exceeds {STANDARD_ERRORS:g} times its standard error, and "
+    f"Student's t at {100 * CONFIDENCE:g} %, over at least {LEAST_SEEDS} seeds"
 )
 
 
@@ -160,7 +161,17 @@ def _notes(experiment: Experiment, found: Sequence[Result], rows: Sequence[Row])
     if len(versions) > 1:
         names = sorted({name for one in versions for name, _ in one if len({dict(v).get(name) for v in versions}) > 1})
         notes.append(
-            f"The results were made with different versions of {', '.join(names)}: run the experiment again before any "
+            f"The results were made with different versions of {', '.join(names)}: run the experiment again"
+            + (" in a new `out`, as other code makes nothing again," if "code" in names else "")
+            + " before any conclusion."
+        )
+    contents: dict[str, set[str]] = {}
+    for path, content in ((path, content) for result in found for path, content in result.inputs.items()):
+        contents.setdefault(path, set()).add(content)
+    changed = [path for path, several in contents.items() if len(several) > 1]
+    if changed:
+        notes.append(
+            f"The results were made of different contents of {', '.join(changed)}: run the experiment again before any "
             "conclusion."
         )
     missing = sum(len(experiment.seeds) - len(row.seeds) for row in rows)
@@ -232,7 +243,12 @@ def as_json(table: Table) -> dict[str, Any]:
     content: dict[str, Any] = asdict(table)
     for row in content["rows"]:
         row["seeds"] = {str(seed): value for seed, value in row["seeds"].items()}
-    content["rule"] = {"standard_errors": STANDARD_ERRORS, "least_seeds": LEAST_SEEDS, "floor": table.floor}
+    content["rule"] = {
+        "standard_errors": STANDARD_ERRORS,
+        "confidence": CONFIDENCE,
+        "least_seeds": LEAST_SEEDS,
+        "floor": table.floor,
+    }
     return content
 
 

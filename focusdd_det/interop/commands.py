@@ -245,6 +245,8 @@ def _parse(
             f"{command}: expected a path first, got {argv[0] if argv else 'nothing'}; --help has examples"
         )
     hints: dict[str, Any] = {**dict.fromkeys(keys, str), "results": tuple[str, ...], "dry_run": bool, "log": bool}
+    named = (word.lstrip("-").partition("=")[0] for word in argv[1:])
+    hints |= {key: str for key in named if key.startswith(prefix)}
     given = parse_tokens(argv[1:], hints, {})
     dry_run = given.pop("dry_run", False)
     wrong = [

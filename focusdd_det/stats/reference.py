@@ -43,8 +43,25 @@ class Reference:
         return self.boxes / self.pictures
 
 
-def measure(path: str | Path) -> Reference:
-    """The reference of a COCO annotations file.
+@dataclass(frozen=True)
+class Boxes:
+    """The n boxes of a COCO annotations file, crowds and boxes without area left out.
+
+    Attributes:
+        pictures: ids of all pictures.
+        picture: [n] id of each box's picture.
+        areas: [n] w * h, px^2.
+        sizes: [n] sqrt(w * h) / long side of the picture.
+    """
+
+    pictures: tuple[int, ...]
+    picture: tuple[int, ...]
+    areas: Doubles
+    sizes: Doubles
+
+
+def read_boxes(path: str | Path) -> Boxes:
+    """The boxes of a COCO annotations file.
 
     Raises:
         DataError: not such a file, or one without boxes.
@@ -55,19 +72,29 @@ def measure(path: str | Path) -> Reference:
     sides = {picture["id"]: max(picture["width"], picture["height"]) for picture in content["images"]}
     kept = [row for row in content["annotations"] if not row["iscrowd"] and min(row["bbox"][2:]) > 0]
     if not kept:
-        raise DataError(f"{path} holds no box; expected the annotations of a detection data set")
+        raise DataError(f"{path} holds no box; expected a COCO file such as instances_val2017.json")
     areas = np.array([row["bbox"][2] * row["bbox"][3] for row in kept], np.float64)
     sizes = np.sqrt(areas) / np.array([sides[row["image_id"]] for row in kept])
-    per_picture = Counter(row["image_id"] for row in kept)
+    return Boxes(tuple(sides), tuple(row["image_id"] for row in kept), areas, sizes)
+
+
+def measure(path: str | Path) -> Reference:
+    """The reference of a COCO annotations file.
+
+    Raises:
+        DataError: as `read_boxes`.
+    """
+    found = read_boxes(path)
+    per_picture = Counter(found.picture)
     return Reference(
         name=Path(path).stem,
-        origin=f"{Path(path).name}: {len(sides)} pictures, {len(kept)} boxes",
-        pictures=len(sides),
-        boxes=len(kept),
-        shares=size_shares(sizes),
-        sizes=percentiles(sizes),
-        kinds=coco_kinds(areas),
-        boxes_per_image=np.bincount([per_picture[number] for number in sides]),
+        origin=f"{Path(path).name}: {len(found.pictures)} pictures, {len(found.sizes)} boxes",
+        pictures=len(found.pictures),
+        boxes=len(found.sizes),
+        shares=size_shares(found.sizes),
+        sizes=percentiles(found.sizes),
+        kinds=coco_kinds(found.areas),
+        boxes_per_image=np.bincount([per_picture[number] for number in found.pictures]),
     )
 
 

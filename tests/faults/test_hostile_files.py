@@ -207,3 +207,27 @@ def test_a_config_and_a_map_that_run_nothing(
         with pytest.raises(ConfigError, match=r"x\.yaml"):
             workshop.build(tmp_path / "set", class_map=str(path))
     assert [p.name for p in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_a_set_from_outside_that_names_a_plugin_is_only_explained(
+    workshop: Workshop, unbroken: Path, tmp_path: Path
+) -> None:
+    """Its build.yaml says how the pictures were looked at, not which files are run, opened or fetched."""
+    import yaml
+
+    from focusdd_det.cli import main
+    from focusdd_det.explain_cli import _settings
+
+    folder = shutil.copytree(unbroken, tmp_path / "set")
+    (tmp_path / "plugin.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\n")
+    content = yaml.safe_load((folder / "build.yaml").read_text())
+    content["config"] |= {"plugins": [str(tmp_path / "plugin.py")], "download": True, "selector_weights": "evil.pt"}
+    content["config"] |= {"class_map": "/etc/passwd", "device": "cuda:9"}
+    (folder / "build.yaml").write_text(yaml.safe_dump(content))
+    (folder / "COMPLETE").write_bytes(seal(folder))
+    item = next(iter(read_manifest(folder)))
+    words = [f"id={item.id}", f"selector={workshop.top / 'vit.json'}", f"class_map={workshop.top / 'map.yaml'}"]
+    assert main(["explain", str(folder), *words, f"out={tmp_path / 'out'}", "device=cpu"]) == 0
+    assert not (tmp_path / "canary").exists()
+    assert list((tmp_path / "out").glob("*.png"))
+    assert not {"plugins", "download", "selector_weights", "class_map", "device"} & set(_settings(folder))
