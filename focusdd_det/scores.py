@@ -48,6 +48,7 @@ _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
     "p", "share", "win_row", "win_col", "phash", "bad", "feature",
 )  # fmt: skip
+_BLOCK = 1 << 13  # sources whose realism scores are computed at a time
 MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
 
 
@@ -213,14 +214,19 @@ class ScoreStore:
                 phash.append(row[5])
                 if features:
                     vectors += row[8] or b""
-        confidence = np.array(p, np.float64)
+        # The arrays are those columns themselves: a copy of each would double what a large class takes.
+        confidence, shares = np.frombuffer(p, np.float64), np.frombuffer(share, np.float64)
+        score = np.empty(len(ids), np.int64)
+        for start in range(0, len(ids), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            score[part] = realism(confidence[part], shares[part], alpha)
         table = Candidates(
-            ids=np.array(ids, np.int64),
-            sha=np.frombuffer(bytes(sha), np.uint8).reshape(len(ids), 32),
-            folder=np.array(folder, np.int32),
+            ids=np.frombuffer(ids, np.int64),
+            sha=np.frombuffer(sha, np.uint8).reshape(len(ids), 32),
+            folder=np.frombuffer(folder, np.int32),
             p=confidence,
-            score=realism(confidence, np.array(share, np.float64), alpha),
-            phash=np.array(phash, np.int64).view(np.uint64),
+            score=score,
+            phash=np.frombuffer(phash, np.uint64),
             features=self._vectors(vectors, len(ids)) if features else None,
         )
         return table, unusable
