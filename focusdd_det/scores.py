@@ -37,6 +37,7 @@ _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
     "p", "share", "win_row", "win_col", "phash", "bad", "feature", "entropy",
 )  # fmt: skip
+_BLOCK = 1 << 13  # sources whose realism scores are computed at a time
 
 
 @dataclass(frozen=True)
@@ -235,21 +236,26 @@ class ScoreStore:
                 entropy.append(np.nan if row[9] is None else row[9])
                 if features:
                     vectors += row[10] or b""
-        confidence, shares = np.array(p, np.float64), np.array(share, np.float64)
-        unsettled = np.array(first, bool)
+        # The arrays are those columns themselves: a copy of each would double what a large class takes.
+        confidence, shares = np.frombuffer(p, np.float64), np.frombuffer(share, np.float64)
+        unsettled = np.frombuffer(first, np.bool_)
         if rough is not None:
             best = optimistic(confidence[unsettled], shares[unsettled], rough[1])
             confidence[unsettled], shares[unsettled] = best
+        score = np.empty(len(ids), np.int64)
+        for start in range(0, len(ids), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            score[part] = realism(confidence[part], shares[part], alpha)
         table = Candidates(
-            ids=np.array(ids, np.int64),
-            sha=np.frombuffer(bytes(sha), np.uint8).reshape(len(ids), 32),
-            folder=np.array(folder, np.int32),
+            ids=np.frombuffer(ids, np.int64),
+            sha=np.frombuffer(sha, np.uint8).reshape(len(ids), 32),
+            folder=np.frombuffer(folder, np.int32),
             p=confidence,
-            score=realism(confidence, shares, alpha),
-            phash=np.array(phash, np.int64).view(np.uint64),
+            score=score,
+            phash=np.frombuffer(phash, np.uint64),
             rough=unsettled if rough is not None else None,
             features=self._vectors(vectors, len(ids)) if features else None,
-            entropy=np.array(entropy, np.float64),
+            entropy=np.frombuffer(entropy, np.float64),
         )
         return table, unusable
 

@@ -37,7 +37,7 @@ def test_drawn_sources_are_different_files_of_the_usual_size(tmp_path: Path) -> 
 def test_a_build_is_measured_beside_its_floor(options: BenchOptions, tmp_path: Path) -> None:
     result = bench_build.measure(options, tmp_path)
     assert json.loads(json.dumps(result)) == result
-    assert {"decode alone", "ViT alone, fp32", "scoring, fp32", "straightforward loop"} <= set(result["seconds"])
+    assert {"decode alone", "ViT alone, fp32", "scoring, fp32", "straightforward loop (fp32)"} <= set(result["seconds"])
     assert {"read", "decode for the view", "resize", "ViT", "selection", "cut", "compose, a composite",
             "teacher, a composite", "write, a composite"} <= set(result["stages_ms"])  # fmt: skip
     assert "scoring / (decode + ViT), fp32" in result["ratios"]
@@ -68,10 +68,23 @@ def test_slopes() -> None:
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
     values = {"x": [1, 2], "seconds": [1.0, 2.0], "what": "w", "expected": "1"}
     names = ("sources", "classes", "ipc", "workers")
-    result = {"series": dict.fromkeys(names, values), "slopes": dict.fromkeys(names, 1.0), "memory": []}
+    result = {"series": dict.fromkeys(names, values), "slopes": dict.fromkeys(names, 1.0), "memory": [], "growth": {}}
     scaling.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "| sources | w | 1: 1.00, 2: 2.00 | 1.00 | 1 |" in scaling.table(result)
+
+
+def test_the_growth_of_memory_is_that_between_the_first_and_the_last_row() -> None:
+    rows = [
+        {"sources": n, "peak": 100.0 + b, "beyond": b} for n, b in ((1_000, 30.0), (10_000, 99.0), (101_000, 130.0))
+    ]
+    found = scaling.growth(rows)
+    assert found == pytest.approx({"from": 1_000, "to": 101_000, "mib_per_1000": 1.0, "bytes_a_source": 1048.576})
+    assert scaling.growth(rows[:1]) == scaling.growth([]) == {}
+    text = scaling.table({"series": {}, "slopes": {}, "memory": rows, "growth": found})
+    assert "| 101,000 | 230 | 130 |" in text
+    assert "Growth from 1,000 to 101,000 sources: 1.000 MiB per 1,000 sources, 1049 bytes a source." in text
+    assert "below 1536 MiB" in text
 
 
 @pytest.mark.slow
@@ -80,4 +93,5 @@ def test_how_a_build_grows(options: BenchOptions, tmp_path: Path) -> None:
     assert set(result["slopes"]) == {"sources", "classes", "ipc", "workers"}
     assert [row["sources"] for row in result["memory"]] == [200, 2000]
     assert all(row["peak"] > row["beyond"] for row in result["memory"])
+    assert result["growth"] == scaling.growth(result["memory"])
     assert (options.out / "scaling.png").is_file()

@@ -51,6 +51,34 @@ def test_the_order_of_the_sources_decides_nothing() -> None:
     assert turn[background_order(shuffled, 0, "dog")].tolist() == background_order(c, 0, "dog").tolist()
 
 
+def test_ties_go_by_content_whether_the_sources_come_by_hash_or_not() -> None:
+    rng = np.random.default_rng(2)
+    shuffled = candidates(rng.integers(0, 4, 200).tolist(), rng.integers(0, 3, 200).tolist(), [0.0, 0.3, 0.9, 1.0] * 50)
+    rising = np.array(sorted(range(200), key=lambda i: shuffled.sha[i].tobytes()))
+    columns = (shuffled.sha, shuffled.folder, shuffled.p, shuffled.score, shuffled.phash)
+    by_hash = Candidates(rising, *(column[rising] for column in columns))
+    assert ranked(by_hash, by_hash.score, False).tolist() == np.argsort(-by_hash.score, kind="stable").tolist()
+    for c in (shuffled, by_hash):
+        assert ranked(c, c.score, False).tolist() == sorted(
+            range(200), key=lambda i: (-int(c.score[i]), c.sha[i].tobytes())
+        )
+    for stratify in (False, True):
+        assert (
+            rising[ranked(by_hash, by_hash.score, stratify)].tolist()
+            == ranked(shuffled, shuffled.score, stratify).tolist()
+        )
+    drawn = background_order(by_hash, 0, "dog")
+    assert rising[drawn].tolist() == background_order(shuffled, 0, "dog").tolist()
+    last = [i for i in drawn if by_hash.p[i] == 0]  # never drawn: all tied, so by hash
+    assert drawn[-50:].tolist() == last == sorted(last)
+
+
+def test_no_sources_no_order() -> None:
+    c = candidates([1])
+    none = Candidates(c.ids[:0], c.sha[:0], c.folder[:0], c.p[:0], c.score[:0], c.phash[:0])
+    assert ranked(none, none.score, True).tolist() == background_order(none, 0, "dog").tolist() == []
+
+
 def test_stratified_is_round_robin_over_folders_best_first() -> None:
     c = candidates([9, 8, 7, 6, 5, 4], folder=[0, 0, 0, 0, 1, 2])
     assert ranked(c, c.score, True).tolist() == [0, 4, 5, 1, 2, 3]

@@ -154,7 +154,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Screening: {seen['wanted']} of {n} sources wanted, {seen['looked_again']} looked at again in fp32;",
-            f"largest deviation of those looked at twice: {seen['logit']:.3f} in logit(p), {seen['share']:.4f} in share; "
+            f"largest deviation: {seen['logit']:.3f} in logit(p), {seen['share']:.4f} in share;",
             f"{seen['same']:.0%} of its key sources are those of scoring in fp32",
         ]
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result["whole_build_seconds"].items())

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from focusdd_det.bench.options import BenchOptions
+from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.build import _columns, _device, build
 from focusdd_det.config import BuildConfig
@@ -28,12 +28,14 @@ from focusdd_det.scores import ScoreStore
 from focusdd_det.selector import load_selector, token_grid
 
 SMALL = (160, 120)  # px; what is measured is how the cost grows, not how large it is
+TINY = (48, 36)  # px, for the memory: it is the number of sources that counts
+COUNTS, QUICK_COUNTS = (1_000, 10_000, 100_000), (200, 2_000)  # sources of the builds whose memory is measured
 MEMORY_TARGET = 1.5  # GiB beyond the models
 _ROUNDS = 2  # of each point; the faster one counts, because whatever else the machine does only adds
 
 
 def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
-    """Seconds against each of the four, the slopes of their logarithms, and peak memory at N and 10 N sources.
+    """Seconds against each of the four, the slopes of their logarithms, and how peak memory grows with the sources.
 
     Args:
         options: selector, teacher, device, workers, quick; sources are always drawn here.
@@ -51,11 +53,12 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         "ipc": _ipc(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
         "workers": _workers(options, work, _doubled(max(2, os.cpu_count() or 1))),
     }
-    memory = _memory(options, work, 200 if quick else 1000)
+    memory = _memory(options, work, QUICK_COUNTS if quick else COUNTS)
     result = {
         "series": series,
         "slopes": {name: slope(values["x"], values["seconds"]) for name, values in series.items()},
         "memory": memory,
+        "growth": growth(memory),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     plot(result, options.out / "scaling.png")
@@ -71,8 +74,29 @@ def table(result: Mapping[str, Any]) -> str:
         lines.append(row)
     lines += ["", "| sources | peak memory, MiB | beyond the models, MiB |", "|---|---|---|"]
     for row in result["memory"]:
-        lines.append(f"| {row['sources']} | {row['peak']:.0f} | {row['beyond']:.0f} |")
+        lines.append(f"| {row['sources']:,} | {row['peak']:.0f} | {row['beyond']:.0f} |")
+    if grown := result["growth"]:
+        per = f"{grown['mib_per_1000']:.3f} MiB per 1,000 sources, {grown['bytes_a_source']:.0f} bytes a source"
+        lines += ["", f"Growth from {grown['from']:,} to {grown['to']:,} sources: {per}."]
     return "\n".join([*lines, "", f"Target: flat, and below {MEMORY_TARGET * 1024:.0f} MiB beyond the models."])
+
+
+def growth(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """How much peak memory a source costs, between the first and the last row of the memory's table; empty for one row.
+
+    Returns:
+        from, to: the two numbers of sources; mib_per_1000, bytes_a_source: the same growth in two units.
+    """
+    if len(memory) < 2:
+        return {}
+    first, last = memory[0], memory[-1]
+    per = (last["beyond"] - first["beyond"]) / (last["sources"] - first["sources"])
+    return {
+        "from": first["sources"],
+        "to": last["sources"],
+        "mib_per_1000": per * 1000,
+        "bytes_a_source": per * (1 << 20),
+    }
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -131,10 +155,10 @@ def _ipc(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, 
     return {"x": list(counts), "seconds": phase, "what": "composing one class", "expected": "1"}
 
 
-def _config(options: BenchOptions, work: Path, classes: int, each: int) -> BuildConfig:
+def _config(options: BenchOptions, work: Path, classes: int, each: int, size: tuple[int, int] = SMALL) -> BuildConfig:
     """A build of small drawn pictures."""
     work.mkdir(parents=True)
-    top = draw_sources(work / "pictures", classes, each, SMALL)
+    top = draw_sources(work / "pictures", classes, each, size)
     small = replace(options, sources=str(top))
     return prepare(small, work, 0, 0, image_size=128, batch=16 if options.quick else 64).config
 
@@ -186,12 +210,22 @@ def _doubled(most: int) -> list[int]:
 # ---- memory ----
 
 
-def _memory(options: BenchOptions, work: Path, count: int) -> list[dict[str, float]]:
-    """Peak memory of a whole build at `count` and 10 x `count` sources, each in a process of its own; and of the same
-    process with its models loaded and nothing built."""
+def _memory(options: BenchOptions, work: Path, counts: Sequence[int]) -> list[dict[str, float]]:
+    """Peak memory of a whole build at each number of sources, in a process of its own, and of the same process with its
+    models loaded and nothing built.
+
+    The models are the demo's and the pictures tiny, so that 100,000 of them take minutes; they lie in two classes, and
+    what is kept of the sources of a class while it is ranked is therefore as large as it can be.
+    """
+    options = replace(
+        options,
+        selector=str(DEMO / "vit_demo.json"),
+        selector_weights=str(DEMO / "vit_demo.safetensors"),
+        teacher=str(DEMO / "yolo_demo.pt"),
+    )
     rows = []
-    for n in (count, 10 * count):
-        config = _config(options, work / f"memory{n}", 2, n // 2)
+    for n in counts:
+        config = _config(options, work / f"memory{n}", 2, n // 2, TINY)
         peaks = {}
         for what in ("models", "build"):
             job = json.dumps({"what": what, "keys": {key: getattr(config, key) for key in _KEYS}})
