@@ -333,7 +333,7 @@ def _value(text: str, hint: Any) -> Any:
         return _scalar(text)
     if listed and text.startswith(("[", "{")):
         return _scalar(text)
-    unset = not text or (text.lower() in ("null", "none") and (listed or type(None) in options))
+    unset = not text or (text.lower() == "null" and (listed or type(None) in options))  # `none` may mean something
     return None if unset else text
 
 

@@ -47,7 +47,7 @@ def test_every_shipped_yaml_is_safe_yaml() -> None:
         (["sources=[{path: a, map: m.yaml}]", "source=007"], {"sources": [{"path": "a", "map": "m.yaml"}, "007"]}),
         (["out=0010", "classes=00042", "--scores", "1_000"], {"out": "0010", "classes": "00042", "scores": "1_000"}),
         (["out=true", "method=2024-01-01", "teacher=~"], {"out": "true", "method": "2024-01-01", "teacher": "~"}),
-        (["out=none", "scores=none", "grow_from=null"], {"out": "none", "scores": None, "grow_from": None}),
+        (["out=null", "scores=none", "grow_from=null"], {"out": "null", "scores": "none", "grow_from": None}),
         (["classes=[a, b]", "levels=null", "out=[1]"], {"classes": ["a", "b"], "levels": None, "out": "[1]"}),
         (["view=auto", "threads=010", "own_conf=null"], {"view": "auto", "threads": 8, "own_conf": None}),
     ],
