@@ -33,6 +33,7 @@ from focusdd_det.selector import precision_of
 from focusdd_det.sources import Located, Root, locate
 
 WORTH = 6  # sources for each one that is wanted, from which on a screening pays
+_LEAST = 2000  # sources from which on it does: some batches are looked at in both precisions, and some are not full
 _AHEAD = 1.1  # so much more of a ranking is looked at again than is known to be needed: fewer rounds
 
 
@@ -46,7 +47,8 @@ def screen_precision(config: SetConfig, method: Method, plan: Plan, device: str)
     if config.precision != "fp32" or fast in ("off", "fp32") or not screens(method):
         return None
     wanted = sum(group.ipc for group in plan.groups) * max(config.grid, *(config.grids or (1,))) ** 2
-    return None if config.screen == "auto" and wanted * WORTH > plan.sources else fast
+    worth = plan.sources >= max(_LEAST, WORTH * wanted)
+    return fast if worth or config.screen != "auto" else None
 
 
 def screens(method: Method) -> bool:

@@ -90,6 +90,8 @@ def test_auto_screens_where_it_pays(bench: Path, tmp_path: Path, monkeypatch: py
         config = load_config(**options(bench, tmp_path / "set", **more))
         return screen_precision(config, METHODS[config.method], make_plan(config), "cpu")
 
+    assert found(ipc=1, classes=["disc"], grid=1, n_key=1) is None  # 1 of 14, but 14 are few
+    monkeypatch.setattr(screening, "_LEAST", 0)
     assert found(ipc=2) is None  # 24 of 40 sources are wanted
     assert found(ipc=1, classes=["disc"]) is None
     assert found(ipc=1, classes=["disc"], grid=1, n_key=1) == "bf16"  # 1 of 14

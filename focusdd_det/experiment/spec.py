@@ -209,8 +209,9 @@ def _layers(path: Path) -> dict[str, Any]:
     return _based(content, path)
 
 
-def _based(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A layer on top of the file that its `base:` names, from the same folder or the shipped ones."""
+def _based(content: dict[str, Any], path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A layer on top of the file that its `base:` names, from the same folder or the shipped ones; that may have a base
+    too, but none of those `above` it."""
     base = content.pop("base", None)
     if base is None:
         return content
@@ -218,11 +219,13 @@ def _based(content: dict[str, Any], path: Path) -> dict[str, Any]:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ConfigError(f"{path}: base: {base}: there is no {' nor '.join(map(str, places))}")
+    if found.resolve() in above:
+        raise ConfigError(f"{path}: base: {base}: that file stands on this one already")
     under = read_yaml(found)
-    unknown = [str(key) for key in under if key not in KEYS or key in ("base", "small")]
+    unknown = [str(key) for key in under if key not in KEYS or key == "small"]
     if unknown:
         raise ConfigError(f"{found}: {', '.join(unknown)}: not a key that a base may have")
-    return _merge(under, content)
+    return _merge(_based(under, found, (*above, found.resolve())), content)
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
