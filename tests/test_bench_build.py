@@ -75,7 +75,9 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
 
 
 def test_the_growth_of_memory_is_that_between_the_first_and_the_last_row() -> None:
-    rows = [{"sources": n, "peak": 100.0 + b, "beyond": b} for n, b in ((1_000, 30.0), (10_000, 99.0), (101_000, 130.0))]
+    rows = [
+        {"sources": n, "peak": 100.0 + b, "beyond": b} for n, b in ((1_000, 30.0), (10_000, 99.0), (101_000, 130.0))
+    ]
     found = scaling.growth(rows)
     assert found == pytest.approx({"from": 1_000, "to": 101_000, "mib_per_1000": 1.0, "bytes_a_source": 1048.576})
     assert scaling.growth(rows[:1]) == scaling.growth([]) == {}

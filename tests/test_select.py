@@ -62,9 +62,10 @@ def test_ties_go_by_content_whether_the_sources_come_by_hash_or_not() -> None:
             range(200), key=lambda i: (-int(c.score[i]), c.sha[i].tobytes())
         )
     for stratify in (False, True):
-        assert rising[ranked(by_hash, by_hash.score, stratify)].tolist() == ranked(
-            shuffled, shuffled.score, stratify
-        ).tolist()
+        assert (
+            rising[ranked(by_hash, by_hash.score, stratify)].tolist()
+            == ranked(shuffled, shuffled.score, stratify).tolist()
+        )
     drawn = background_order(by_hash, 0, "dog")
     assert rising[drawn].tolist() == background_order(shuffled, 0, "dog").tolist()
     last = [i for i in drawn if by_hash.p[i] == 0]  # never drawn: all tied, so by hash

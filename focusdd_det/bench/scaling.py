@@ -154,9 +154,7 @@ def _ipc(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, 
     return {"x": list(counts), "seconds": phase, "what": "composing one class", "expected": "1"}
 
 
-def _config(
-    options: BenchOptions, work: Path, classes: int, each: int, size: tuple[int, int] = SMALL
-) -> BuildConfig:
+def _config(options: BenchOptions, work: Path, classes: int, each: int, size: tuple[int, int] = SMALL) -> BuildConfig:
     """A build of small drawn pictures."""
     work.mkdir(parents=True)
     top = draw_sources(work / "pictures", classes, each, size)
@@ -218,8 +216,12 @@ def _memory(options: BenchOptions, work: Path, counts: Sequence[int]) -> list[di
     The models are the demo's and the pictures tiny, so that 100,000 of them take minutes; they lie in two classes, and
     what is kept of the sources of a class while it is ranked is therefore as large as it can be.
     """
-    demo = {"selector": "vit_demo.json", "selector_weights": "vit_demo.safetensors", "teacher": "yolo_demo.pt"}
-    options = replace(options, **{key: str(DEMO / name) for key, name in demo.items()})
+    options = replace(
+        options,
+        selector=str(DEMO / "vit_demo.json"),
+        selector_weights=str(DEMO / "vit_demo.safetensors"),
+        teacher=str(DEMO / "yolo_demo.pt"),
+    )
     rows = []
     for n in counts:
         config = _config(options, work / f"memory{n}", 2, n // 2, TINY)
