@@ -36,6 +36,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
   focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
   focusdd export datasets/focusdd format=coco out=focusdd_coco              COCO JSON, DD-Ranking, RethinkDC
+  focusdd annotations data=mine.yaml out=mine_coco                          COCO JSON from YOLO labels, for COCO mAP
   focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it
   focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
   focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
@@ -244,7 +245,10 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "sheet": sheet_command,
     "grids": "focusdd_det.size_match:grids_command",
     "explain": "focusdd_det.explain_cli:explain_command",
-    **{name: f"focusdd_det.interop.commands:{name}_command" for name in ("export", "pack", "unpack", "card")},
+    **{
+        name: f"focusdd_det.interop.commands:{name}_command"
+        for name in ("export", "annotations", "pack", "unpack", "card")
+    },
     "stats": "focusdd_det.stats.command:stats_command",
     "map": "focusdd_det.map_audit:map_command",
     "experiment": "focusdd_det.experiment.command:experiment_command",

@@ -109,8 +109,8 @@ def _percent(value: float | None) -> str:
 # ---- what is evaluated on what ----
 
 
-def load_annotations(path: str | Path) -> COCO:
-    """A COCO annotations file.
+def read_annotations(path: str | Path) -> dict[str, Any]:
+    """The content of a COCO annotations file, as it is.
 
     Raises:
         DataError: missing, not JSON, without images, annotations or categories, or with rows that contradict each
@@ -123,7 +123,7 @@ def load_annotations(path: str | Path) -> COCO:
             "http://images.cocodataset.org). No other metric is quoted in their place"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON file ({error}); expected COCO annotations; get it again") from error
     missing = [k for k in ("images", "annotations", "categories") if not isinstance(content, dict) or k not in content]
@@ -135,6 +135,16 @@ def load_annotations(path: str | Path) -> COCO:
         raise DataError(f"{file} is not in COCO's format ({type(error).__name__}: {error}); get it again") from error
     if problem:
         raise DataError(f"{file} cannot be trusted: {problem}; get it again or mend it")
+    return content
+
+
+def load_annotations(path: str | Path) -> COCO:
+    """A COCO annotations file, for pycocotools.
+
+    Raises:
+        DataError: as `read_annotations`.
+    """
+    content = read_annotations(path)
     for number, row in enumerate(content["annotations"], 1):
         # pycocotools takes an object numbered 0 for not found, and insists on `area` and `iscrowd`
         row.update(id=number, area=row.get("area", row["bbox"][2] * row["bbox"][3]), iscrowd=row.get("iscrowd", 0))
@@ -288,7 +298,7 @@ class _Pictures(CleanDataset):
         return [
             {
                 "im_file": name,
-                "shape": _height_width(name),
+                "shape": height_width(name),
                 "cls": np.zeros((0, 1), np.float32),
                 "bboxes": np.zeros((0, 4), np.float32),
                 "segments": [],
@@ -300,7 +310,12 @@ class _Pictures(CleanDataset):
         ]
 
 
-def _height_width(name: str) -> tuple[int, int]:
+def height_width(name: str) -> tuple[int, int]:
+    """Of a picture file as it is shown, turned as its EXIF says, px.
+
+    Raises:
+        DataError: it is no picture.
+    """
     try:
         with PILImage.open(name) as picture:
             width, height = exif_size(picture)

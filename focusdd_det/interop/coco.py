@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,17 @@ def boxes_of(table: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(np.concatenate([corner, table[:, 3:5]], axis=1) * scale)
 
 
+def record(category: int, box: np.ndarray) -> dict[str, Any]:
+    """What an annotation says of its object; `box` as of `boxes_of`."""
+    return {
+        "category_id": category,
+        "bbox": [round(float(v), 4) for v in box],
+        "area": round(float(box[2] * box[3]), 4),
+        "iscrowd": 0,
+        "segmentation": [],
+    }
+
+
 def export_coco(
     source: FinishedSet,
     out: Path,
@@ -149,7 +160,7 @@ def export_coco(
             "categories": kinds,
         }
         with (work / ANNOTATIONS).open("w", encoding="ascii") as file:
-            file.writelines(_json(parts))
+            file.writelines(json_pieces(parts))
         about = {
             "format": "coco",
             "manifest_sha256": source.manifest_sha256,
@@ -192,15 +203,7 @@ def _rows(source: FinishedSet, item: Item, number: int, kinds: Sequence[dict[str
         raise VerifyError(f"{item.id}: {len(table)} label rows, but soft targets of shape {list(confidence.shape)}")
     width, height = _size(source, item) if len(table) else (1, 1)
     for row, box, score in zip(table, boxes_of(table, width, height), confidence, strict=True):
-        yield {
-            "image_id": number,
-            "category_id": kinds[int(row[0])]["id"],
-            "bbox": [round(float(v), 4) for v in box],
-            "area": round(float(box[2] * box[3]), 4),
-            "iscrowd": 0,
-            "segmentation": [],
-            "score": round(float(score), 4),
-        }
+        yield {"image_id": number, **record(kinds[int(row[0])]["id"], box), "score": round(float(score), 4)}
 
 
 def _size(source: FinishedSet, item: Item) -> tuple[int, int]:
@@ -208,7 +211,7 @@ def _size(source: FinishedSet, item: Item) -> tuple[int, int]:
         return picture.size
 
 
-def _json(parts: dict[str, Any]) -> Iterator[str]:
+def json_pieces(parts: Mapping[str, Any]) -> Iterator[str]:
     """A JSON object whose lists may be iterators: written a line an element, never held."""
     opening = "{\n"
     for key, value in parts.items():

@@ -1,4 +1,4 @@
-"""`focusdd export`, `pack`, `unpack` and `card`."""
+"""`focusdd export`, `annotations`, `pack`, `unpack` and `card`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,25 @@ EXPORT_USAGE = """Write a finished set in the form that another program reads.
   val         rethinkdc: the folder that will be its --val-dir; refused if its classes differ
 
 Every file is checked against the set's manifest on the way. --dry-run, --help.
+"""
+
+ANNOTATIONS_USAGE = """COCO annotations for a YOLO data set that has label files alone, for the official COCO mAP.
+
+  focusdd annotations data=mine.yaml out=mine_coco
+  focusdd annotations data=coco.yaml splits=val,train base=coco/annotations/instances_val2017.json out=coco_both
+  python tools/val_coco.py model=best.pt data=mine_coco              the mAP; in a training: eval_data=mine_coco
+
+  data        YOLO data.yaml
+  splits      val | train | test, or several with commas, which are put together (default val)
+  base        COCO annotations whose images, annotations and categories are taken over as they are; only pictures that
+              it does not list, by file name, are added from labels
+  subset      true leaves out what base lists and the splits do not hold (default false: refused)
+  out         new folder; it appears when it is whole. images/ (hard links where possible), labels/,
+              annotations/instances_<first split>.json and data.yaml
+
+Labels are five columns, or polygons, which count as their boxes. A picture without objects has an empty label file; one
+without a file is an error. Category ids are those of base, by name; without it COCO's official ones if every class is
+one of COCO's, else 1 to n. --dry-run reads and checks everything and writes nothing. --help.
 """
 
 PACK_USAGE = """Write a set, or a store of soft targets or labels, as one tar.
@@ -163,6 +182,32 @@ def _rethinkdc(source: FinishedSet, out: Path, given: Mapping[str, str], count: 
     return 0
 
 
+def annotations_command(argv: Sequence[str]) -> int:
+    """`focusdd annotations data=... out=...`."""
+    if wants_help(argv):
+        print(ANNOTATIONS_USAGE)
+        return 0
+    given, dry_run = _options("annotations", argv, ("data", "splits", "base", "subset", "out"), ("data", "out"))
+    out = Path(given["out"])
+    refuse_existing(out)
+    from focusdd_det.interop import annotations
+
+    splits = [split.strip() for split in given.get("splits", "val").split(",")]
+    base = Path(given["base"]) if "base" in given else None
+    truth = annotations.read_truth(given["data"], splits, base, _flag("annotations", given, "subset"))
+    count, file = truth.count, out / annotations.file_of(truth.split)
+    told = f"{file}: {count['images']} images, {count['annotations']} annotations"
+    if base is not None:
+        told += f", {count['official_images']} and {count['official_annotations']} of them from {base}"
+    if dry_run:
+        print(f"{told}. Nothing was written")
+        return 0
+    with progress_bar(len(truth.pictures), "pictures") as bar:
+        annotations.write_truth(truth, out, bar.update)
+    print(f"{told}\nnext: python tools/val_coco.py model=... data={out}")
+    return 0
+
+
 def pack_command(argv: Sequence[str]) -> int:
     """`focusdd pack SET out=set.tar`."""
     from focusdd_det.interop.pack import contents, pack
@@ -231,6 +276,8 @@ def card_command(argv: Sequence[str]) -> int:
 
 # --- words -> keys and values
 
+_FLAGS = ("log", "subset")
+
 
 def _parse(
     command: str, argv: Sequence[str], keys: Sequence[str], needed: Sequence[str], prefix: str = "\0"
@@ -244,10 +291,22 @@ def _parse(
         raise ConfigError(
             f"{command}: expected a path first, got {argv[0] if argv else 'nothing'}; --help has examples"
         )
-    hints: dict[str, Any] = {**dict.fromkeys(keys, str), "results": tuple[str, ...], "dry_run": bool, "log": bool}
-    named = (word.lstrip("-").partition("=")[0] for word in argv[1:])
+    return Path(argv[0]), *_options(command, argv[1:], keys, needed, prefix)
+
+
+def _options(
+    command: str, argv: Sequence[str], keys: Sequence[str], needed: Sequence[str], prefix: str = "\0"
+) -> tuple[dict[str, Any], bool]:
+    """The options as text (`results` as a list, flags as bools), and whether it is a dry run.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    flags = dict.fromkeys(("dry_run", *_FLAGS), bool)
+    hints: dict[str, Any] = {**dict.fromkeys(keys, str), "results": tuple[str, ...], **flags}
+    named = (word.lstrip("-").partition("=")[0] for word in argv)
     hints |= {key: str for key in named if key.startswith(prefix)}
-    given = parse_tokens(argv[1:], hints, {})
+    given = parse_tokens(argv, hints, {})
     dry_run = given.pop("dry_run", False)
     wrong = [
         f"unknown option `{key}`{suggest(key, [*keys, 'dry_run'])}"
@@ -264,13 +323,13 @@ def _parse(
     if "results" in given:
         found = given["results"]
         values["results"] = [str(value) for value in (found if isinstance(found, list) else [found])]
-    return Path(argv[0]), values, dry_run
+    return values, dry_run
 
 
 def _is_text(key: str, value: Any) -> bool:
     if key == "results" and isinstance(value, list):
         return all(isinstance(part, str) for part in value)
-    return key == "log" or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
+    return key in _FLAGS or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
 
 
 def _flag(command: str, given: Mapping[str, Any], key: str) -> bool:
