@@ -59,7 +59,7 @@ def test_shipped_experiments_are_valid(name: str, small: bool, tmp_path: Path) -
 def test_every_table_and_figure_of_the_list_is_shipped() -> None:
     numbers = [5, 6, 7, 8, 11, 13, 15, 16, 17]
     names = {f"table{n}" for n in numbers} | {"fig1_map_over_ipc", "fig5_epochs", "fig5_resolution", "fig8_patches"}
-    assert set(shipped()) == names | {"methods", "supervision", "noise"}
+    assert set(shipped()) == names | {"methods", "variants", "supervision", "noise"}
 
 
 def test_only_the_numbers_that_are_known_are_called_the_papers(tmp_path: Path) -> None:
