@@ -113,8 +113,8 @@ def test_a_relabelling_that_was_killed_goes_on_to_the_same_bytes(place: Path, tm
     assert code == 0, told
     out = tmp_path / "out"
     work = tmp_path / "out.incomplete"
-    done = "epoch_00002.safetensors"
-    code, _ = stop_when(start("relabel_cls.py", *words(out)), lambda: (work / done).is_file(), signal.SIGKILL)
+    done, following = "epoch_00002.safetensors", "epoch_00003.safetensors"  # an epoch counts once the next is begun
+    code, _ = stop_when(start("relabel_cls.py", *words(out)), lambda: (work / following).is_file(), signal.SIGKILL)
     assert code == -9
     assert not out.exists()
     before = (work / done).stat().st_mtime_ns
