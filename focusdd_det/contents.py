@@ -110,6 +110,22 @@ def steps(probabilities: NDArray[np.float64]) -> NDArray[np.uint16]:
     return np.rint(probabilities * STEPS).astype(np.uint16)
 
 
+def confidence(table: NDArray[np.uint16], own: Sequence[int], how: str) -> NDArray[np.float64]:
+    """p of each look from its probabilities: the sum over the class' own outputs, or the largest.
+
+    Args:
+        table: [looks, classes], as `steps` makes them.
+        own: outputs that stand for the class; none: the largest counts.
+        how: `true`, or `max`: the largest counts.
+
+    Returns:
+        [looks] in [0, 1].
+    """
+    largest = how == "max" or not own
+    each = table.max(axis=1) if largest else table[:, list(own)].sum(axis=1, dtype=np.int64)
+    return np.asarray(np.minimum(each / STEPS, 1.0), np.float64)
+
+
 def _signed(value: int) -> int:
     """A 64-bit pattern as SQLite holds it."""
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -14,6 +14,7 @@ import torch
 
 from focusdd_det.classmap import find_map, imagenet_synsets, read_class_map
 from focusdd_det.config import BuildConfig, SetConfig, suggest
+from focusdd_det.contents import confidence, steps
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError
 from focusdd_det.glance import view_pixels
@@ -103,8 +104,7 @@ def explain(
     windows = [best_windows(heat[: len(seen)], k) for heat in maps]
     for place, (i, view, sha256) in enumerate(seen):
         row, own = table[place], columns[i]
-        p = row.max() if config.confidence == "max" or not own else row[list(own)].sum()
-        p = round(float(min(p, 1.0)), 4)
+        p = round(float(confidence(steps(row)[None], own, config.confidence)[0]), 4)
         findings = []
         for how, heat, (shares, corners) in zip(attentions, maps, windows, strict=True):
             corner, share = (int(corners[place, 0]), int(corners[place, 1])), float(shares[place])

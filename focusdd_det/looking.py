@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from focusdd_det.config import SetConfig
-from focusdd_det.contents import STEPS, Content, steps
+from focusdd_det.contents import Content, confidence, steps
 from focusdd_det.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
 from focusdd_det.deviations import Deviation, deviation
 from focusdd_det.errors import DataError
@@ -217,7 +217,8 @@ class Looker:
             table = steps(probabilities.double().numpy())
             for i, (located, seen) in enumerate(batch):
                 first = i * looks
-                each = self._confidence(table[first : first + looks], located.source.group)
+                own = self.columns[located.source.group]
+                each = confidence(table[first : first + looks], own, self.config.confidence)
                 best = int(np.round(each, 4).argmax())
                 p[i], share[i] = each[best], shares[first + best]
                 corner[i] = corners[first] if looks == 1 else (best, 0)
@@ -247,7 +248,8 @@ class Looker:
     def row_of(self, located: Located, content: Content) -> tuple[object, ...]:
         """The row of a source whose content was seen before."""
         seen = Glance(content.sha, content.width, content.height, (), content.phash, content.entropy)
-        p = float(self._confidence(content.probabilities[None], located.source.group)[0])
+        own = self.columns[located.source.group]
+        p = float(confidence(content.probabilities[None], own, self.config.confidence)[0])
         return self._row(located, seen, p, content.share, content.corner)
 
     def bad(self, located: Located, reason: str) -> tuple[object, ...]:
@@ -264,14 +266,6 @@ class Looker:
             return probabilities[:count], attention[:count], vectors[:count].numpy().astype(np.float16)
         probabilities, attention = self.selector(tensor)
         return probabilities[:count], attention[:count], None
-
-    def _confidence(self, table: NDArray[np.uint16], group: str) -> NDArray[np.float64]:
-        """p of each look from the probabilities of all classes, [looks, classes] in steps of 1/65535: the sum over the
-        class' own outputs, or the largest."""
-        own = self.columns[group]
-        largest = self.config.confidence == "max" or not own
-        each = table.max(axis=1) if largest else table[:, list(own)].sum(axis=1, dtype=np.int64)
-        return np.asarray(np.minimum(each / STEPS, 1.0), np.float64)
 
     def _row(
         self,

@@ -260,3 +260,13 @@ def test_a_real_dog_is_where_the_attention_is(assets: Path, tmp_path: Path) -> N
     found = explain([picture.read_bytes()], [()], selector, ["gca"], load_config(batch=1))[0]
     assert isinstance(found, Explained)
     assert selector.classes[found.top[0][0]] == "n02088364"
+
+
+def test_p_of_a_pooled_class_is_rounded_as_in_a_build() -> None:
+    """118 outputs of a thousand, such as dog: what a build sums are whole multiples of 1/65535."""
+    from focusdd_det.contents import STEPS, confidence, steps
+
+    table = steps(np.full((1, 1000), 0.001) + 0.2 / STEPS)
+    own = list(range(118))
+    assert confidence(table, own, "true")[0] == 118 * 66 / STEPS  # 65.535 + 0.2, rounded one by one
+    assert confidence(table, own, "max")[0] == confidence(table, [], "true")[0] == 66 / STEPS
