@@ -24,8 +24,9 @@ class Fault:
     """What happens, and when.
 
     Attributes:
-        kind: kill (SIGKILL), interrupt (SIGINT), limit (RLIMIT_FSIZE: writing more than a few bytes fails), fill (the
-            file system of `below` is filled to the last byte), fsync or replace (the call fails with ENOSPC), record.
+        kind: kill (SIGKILL), stop (SIGSTOP), interrupt (SIGINT), limit (RLIMIT_FSIZE: writing more than a few bytes
+            fails), fill (the file system of `below` is filled to the last byte), fsync or replace (the call fails with
+            ENOSPC), record.
         below: only what happens below this folder counts.
         at: the number of the moment, from 0; for fsync and replace the number of the call.
         match: only paths that contain this count.
@@ -109,6 +110,8 @@ def _on_moment(fault: Fault, logs: Path) -> None:
 def _happen(fault: Fault) -> None:
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.kind == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
     elif fault.kind == "limit":

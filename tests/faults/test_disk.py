@@ -80,9 +80,9 @@ def test_a_read_only_output(begin: Build, small_disk: Path, unbroken: Path) -> N
 
 def test_two_builders_on_one_folder(begin: Build, tmp_path: Path, unbroken: Path) -> None:
     """The second one, with overwrite and another seed even, leaves the first alone."""
-    first = begin()
-    until(lambda: (tmp_path / "set.incomplete" / ".lock").exists(), "the first builder's lock")
-    os.kill(first.pid, 19)  # SIGSTOP: it holds the lock for as long as we like
+    first = begin(Fault("stop", str(tmp_path), 30))  # it holds the lock for as long as we like
+    until(lambda: Path(f"/proc/{first.pid}/stat").read_text().split(") ")[-1][0] == "T", "the first builder's stop")
+    assert (tmp_path / "set.incomplete" / ".lock").exists()
     second, third = begin(), begin(seed=5, overwrite=True)
     assert (second.wait(), third.wait()) == (5, 5)
     assert "another build" in second.err
