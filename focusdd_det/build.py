@@ -29,9 +29,9 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.gallery import NAME as GALLERY
 from focusdd_det.gallery import write_gallery
 from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
-from focusdd_det.looking import Looker, score_all
+from focusdd_det.looking import score_all
 from focusdd_det.methods import Method
-from focusdd_det.plan import Plan, layouts_of, make_plan, method_of
+from focusdd_det.plan import Plan, make_plan, method_of
 from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
@@ -400,9 +400,8 @@ def _score(
         score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge, rough)
     if rough is None:
         return None
-    first, second = (Looker(each, method, columns, config, store) for each in (rough, selector))
-    roots = {root.name: root for root in plan.roots}
-    screen = Screen(store, first, second, method, config, roots, layouts_of(config, method), _workers(config))
+    assert selector is not None
+    screen = Screen.of(store, rough, selector, method, columns, config, plan, _workers(config))
     with progress_bar(0, f"looking again, in {config.precision}") as bar:
         screen.settle_all(plan.groups, bar)
     return screen

@@ -25,11 +25,11 @@ from focusdd_det.glance import Glance, Known
 from focusdd_det.layouts import Layouts
 from focusdd_det.looking import Batches, Looker, Seen, outcomes_of
 from focusdd_det.methods import Method
-from focusdd_det.plan import Group, Plan
+from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
 from focusdd_det.scores import Row, ScoreStore
 from focusdd_det.select import Order, Proposal
-from focusdd_det.selector import precision_of
+from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
 
 WORTH = 6  # sources for each one that is wanted, from which on a screening pays
@@ -75,6 +75,23 @@ class Screen:
     layouts: Layouts
     workers: int
     again: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        store: ScoreStore,
+        rough: Selector,
+        selector: Selector,
+        method: Method,
+        columns: Mapping[str, Sequence[int]],
+        config: SetConfig,
+        plan: Plan,
+        workers: int,
+    ) -> Screen:
+        """That of a plan's sources, which `rough` has looked at (looking.score_all)."""
+        first, second = (Looker(each, method, columns, config, store) for each in (rough, selector))
+        roots = {root.name: root for root in plan.roots}
+        return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
 
     def rank(self, group: Group) -> Ranking:
         """The ranking of a class in which sources that were looked at once have the best p and score that they can."""

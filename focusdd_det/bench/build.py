@@ -30,9 +30,9 @@ from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import write_atomic
 from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
-from focusdd_det.looking import Looker, score_all
+from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
-from focusdd_det.plan import Plan, layouts_of, make_plan
+from focusdd_det.plan import Plan, make_plan
 from focusdd_det.progress import progress_bar
 from focusdd_det.scores import ScoreStore
 from focusdd_det.screening import WORTH, Screen
@@ -348,9 +348,7 @@ class _Screened(_Scene):
             score_all(
                 self.sources, store, self.selector, METHOD, columns, c, self.workers, lambda _: None, rough=self.rough
             )
-            first, second = (Looker(each, METHOD, columns, c, store) for each in (self.rough, self.selector))
-            roots = {root.name: root for root in self.plan.roots}
-            screen = Screen(store, first, second, METHOD, c, roots, layouts_of(c, METHOD), self.workers)
+            screen = Screen.of(store, self.rough, self.selector, METHOD, columns, c, self.plan, self.workers)
             with progress_bar(0, "looking again") as bar:
                 screen.settle_all(self.groups, bar)
             self.bounds = {group.name: screen.rank(group).candidates for group in self.groups}
