@@ -1,11 +1,13 @@
 """Sets and exports, opened by the programs that they are for. Each test is skipped where its program is not installed:
 they are no dependencies of this package (pip install fiftyone supervision datasets ddranking rethinkdc).
 
-FiftyOne keeps what it imports in a database; here its importers are run without one.
+FiftyOne keeps what it imports in a database, MongoDB. Its importers are run without one; where one answers
+(FIFTYONE_DATABASE_URI=mongodb://..., or the one that FiftyOne brings), whole datasets are opened as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,45 @@ def test_fiftyone_s_importer_reads_a_classification_set(classes: Path) -> None:
     samples, _ = read_fiftyone(dataset_type=types.ImageClassificationDirectoryTree, dataset_dir=str(classes / "train"))
     assert len(samples) == 7
     assert all(label.label == Path(path).parent.name for path, _, label in samples)
+
+
+@pytest.fixture
+def database() -> Iterator[Any]:
+    """FiftyOne with a database that answers; what the test puts there is deleted."""
+    fiftyone = needs("fiftyone")
+    try:
+        before = set(fiftyone.list_datasets())
+    except Exception as error:  # whatever it is, FiftyOne has no database
+        pytest.skip(f"NO database for FiftyOne: that Dataset.from_dir opens our sets was not checked ({error})")
+    yield fiftyone
+    for name in set(fiftyone.list_datasets()) - before:
+        fiftyone.delete_dataset(name)
+
+
+def test_fiftyone_opens_a_detection_set(database: Any, detections: Path) -> None:
+    dataset = database.Dataset.from_dir(
+        dataset_dir=str(detections), dataset_type=database.types.YOLOv5Dataset, yaml_path="data.yaml", split="train"
+    )
+    assert_same({Path(one.filepath).name: corners(one.ground_truth) for one in dataset}, truth(detections))
+
+
+def test_fiftyone_opens_the_coco_export(database: Any, detections: Path, coco: tuple[Path, Path]) -> None:
+    dataset = database.Dataset.from_dir(
+        dataset_type=database.types.COCODetectionDataset,
+        data_path=str(coco[0]),
+        labels_path=str(coco[1]),
+        label_types=["detections"],
+    )
+    assert_same({Path(one.filepath).name: corners(one.ground_truth) for one in dataset}, truth(detections))
+
+
+def test_fiftyone_opens_a_classification_set(database: Any, classes: Path) -> None:
+    dataset = database.Dataset.from_dir(
+        dataset_dir=str(classes / "train"), dataset_type=database.types.ImageClassificationDirectoryTree
+    )
+    assert dataset.count_values("ground_truth.label") == {
+        folder.name: len(list(folder.iterdir())) for folder in (classes / "train").iterdir()
+    }
 
 
 def test_load_dataset_finds_the_pictures(detections: Path, classes: Path, tmp_path: Path) -> None:
