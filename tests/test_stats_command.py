@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from class_data import CLASSES, write_class_set, write_teacher
-from conftest import NAMES, draw, write_coco
+from conftest import NAMES, draw, save_detector, write_coco
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
@@ -254,12 +254,89 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
-def test_the_hessian_of_a_detector_is_not_offered(
+def detector(path: Path, names: tuple[str, ...] = NAMES, **train_args: Any) -> Path:
+    """A tiny detector, untrained, as a run at 64 px would have saved it."""
+    save_detector(path, names=names)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["train_args"] = {"imgsz": 64, "box": 7.5, "cls": 0.5, "dfl": 1.5, **train_args}
+    torch.save(checkpoint, path)
+    return path
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_hessian_of_a_detector_on_its_set(
     sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = write_teacher(tmp_path / "last")
-    assert main(["stats", str(sets[0]), "--hessian", f"weights={weights}", f"out={tmp_path / 'out'}"]) == 2
-    assert "offered for classifiers" in capsys.readouterr().err
+    weights = detector(tmp_path / "last.pt")
+    command = ["stats", str(sets[0]), "--hessian", f"weights={weights}", "probes=2"]
+    assert main([*command, f"out={tmp_path / 'a'}"]) == 0
+    assert "detection loss on the set's boxes" in capsys.readouterr().out
+    (found,) = told(tmp_path / "a")["hessian"]
+    assert found["size"] == 64 and found["pictures"] == 6 and "accuracy_on_the_set" not in found
+    assert len(set(found["probes"])) == 2 and found["standard_error"] > 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_hessian_of_a_detector_is_that_of_its_gradient(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    """Against the gradient a small step to either side, with the assignment held. Without the box term, whose weight
+    alpha moves with the boxes."""
+    from ultralytics.utils.tal import TaskAlignedAssigner
+
+    from focusdd_det.stats import curvature_det, hessian
+
+    weights = detector(tmp_path / "last.pt", box=0.0)
+    found = curvature_det.of_detector(weights, sets[0], probes=1, seed=0, device="cpu")
+    model, size = curvature_det._load(weights)
+    model.double().model[-1].training = True
+    criterion = model.init_criterion()
+    held: list[Any] = []
+    assigner = TaskAlignedAssigner.forward
+    items = list(detset.read_manifest(sets[0]))
+    batches = [batch for batch, _ in curvature_det._pictures(sets[0], items, range(3), size, "cpu")]
+    parameters = [p.requires_grad_(".dfl." not in name) for name, p in model.named_parameters() if ".dfl." not in name]
+
+    def gradient() -> list[torch.Tensor]:
+        at = iter(held)
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(held) < len(batches):
+                held.append(assigner(self, *args, **kwargs))
+                return held[-1]
+            return next(at)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaskAlignedAssigner, "forward", forward)
+            losses = [criterion(model(batch["img"].double()), batch)[0].sum() for batch in batches]
+        mean = torch.stack(losses).mean()
+        return [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(parameters, torch.autograd.grad(mean, parameters, allow_unused=True), strict=True)
+        ]
+
+    gradient()  # holds the assignment
+    signs = hessian._signs(parameters, 0, 0)
+    step = 1e-5
+    sides = []
+    for way in (step, -2 * step):
+        with torch.no_grad():
+            for p, v in zip(parameters, signs, strict=True):
+                p += way * v
+        sides.append(gradient())
+    estimate = sum(float((v * (a - b)).sum()) for v, a, b in zip(signs, *sides, strict=True)) / (2 * step)
+    assert found.trace.probes[0] == pytest.approx(estimate, rel=0.01)
+
+
+def test_a_detector_of_other_classes_is_refused(
+    sets: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for weights, message in (
+        (detector(tmp_path / "other.pt", ("disc", "square", "pear")), "lacks 1 of the 3 of"),
+        (detector(tmp_path / "odd.pt", imgsz=50), "imgsz=50; expected a multiple of 32"),
+        (detector(tmp_path / "text.pt", cls="much"), "cls are no numbers"),
+        (write_teacher(tmp_path / "classifier"), "not a PyTorch checkpoint"),
+    ):
+        assert main(["stats", str(sets[0]), "--hessian", f"weights={weights}", f"out={tmp_path / 'out'}"]) == 4
+        assert message in capsys.readouterr().err
 
 
 # --- what is refused
@@ -271,7 +348,7 @@ def test_the_hessian_of_a_detector_is_not_offered(
         (["one", "outt=x"], 2, "unknown option `outt`, did you mean out"),
         (["out=x"], 2, "no set: give the folders"),
         (["one", "--curves"], 2, "--curves needs run=FOLDER"),
-        (["one", "--hessian"], 2, "--hessian needs weights=last.json"),
+        (["one", "--hessian"], 2, "--hessian needs weights=last.pt"),
         (["one", "weights=x.json"], 2, "weights= goes with --hessian"),
         (["one", "probes=0"], 2, "probes=0: expected a whole number from 1 on"),
         (["one", "selector_weights=x"], 2, "goes with features=NAME"),

@@ -19,7 +19,8 @@ USAGE = """Statistics of distilled sets, one or several beside each other: a tab
   focusdd stats datasets/focusdd datasets/random out=stats/both reference=coco/annotations/instances_val2017.json
   focusdd stats datasets/focusdd features=deit_small_patch16_224 selector_weights=weights/deit_small.safetensors
   focusdd stats datasets/focusdd --curves run=runs/detect/train run=runs/detect/train2
-  focusdd stats datasets/focusdd_cls --hessian weights=runs/classify/train/weights/last.json probes=16
+  focusdd stats datasets/focusdd --hessian weights=runs/detect/train/weights/last.pt probes=16
+  focusdd stats datasets/focusdd_cls --hessian weights=runs/classify/train/weights/last.json
 
   out               folder for stats.json, stats.md and the PNGs; a folder of its own, never in a set (default stats)
   reference         annotations in COCO's format whose box sizes stand beside the set's; `none` for nothing. Without it
@@ -28,8 +29,9 @@ USAGE = """Statistics of distilled sets, one or several beside each other: a tab
                     features over all pairs of images
   selector_weights  its weights, .safetensors or .pth;  download=true lets timm fetch them
   curves, run       training loss and accuracy from each run's results.csv, as curves.png
-  hessian, weights  trace of the Hessian of the training loss of a classifier (last.json) on the set, by Hutchinson's
-                    estimate with random signs; for classification sets. probes (16), seed (0), batch (32)
+  hessian, weights  trace of the Hessian of the training loss on the set, by Hutchinson's estimate with random signs:
+                    of a classifier (last.json) on a classification set, of a detector (last.pt) on a detection set,
+                    there with the assignment of anchors to boxes held. probes (16), seed (0), batch (32, classifiers)
   device            of the ViT and of the Hessian (default cpu);  workers: threads that read (default 2)
 
 Measured: images, boxes and classes; box sizes, sqrt(area) / side; boxes an image; the area and the cells that boxes
@@ -100,7 +102,9 @@ def read_options(argv: Sequence[str]) -> Options:
     if given.get("curves") is True and not runs:
         problems.append("--curves needs run=FOLDER, the folder of a training with its results.csv")
     if given.get("hessian") is True and not weights:
-        problems.append("--hessian needs weights=last.json, a trained classifier")
+        problems.append(
+            "--hessian needs weights=last.pt, a trained detector, or weights=last.json, a trained classifier"
+        )
     if weights and given.get("hessian") is not True:
         problems.append("weights= goes with --hessian; the ViT's are selector_weights=")
     if given.get("selector_weights") and not given.get("features"):
@@ -145,11 +149,9 @@ def stats_command(argv: Sequence[str]) -> int:
 def measure(options: Options) -> tuple[dict[str, bytes], str]:
     """Everything that was asked for: file name -> content, and the text that is printed."""
     _check_out(options.out, options.sets)
-    from focusdd_det.stats import curvature, curves, plots, summary
+    from focusdd_det.stats import curvature_cls, curvature_det, curves, plots, summary
     from focusdd_det.stats.collect import read_set
 
-    if options.weights:
-        curvature.require_classification(options.sets)
     runs = [curves.read_run(run, name) for run, name in zip(options.runs, short_names(options.runs), strict=True)]
     beside = _reference(options)
     vit = None
@@ -178,9 +180,11 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
     sharp = []
     for one in facts if options.weights else ():
         for weights in options.weights:
-            found = curvature.sharpness(
-                weights, one.folder, options.probes, options.seed, options.batch, options.device
-            )
+            how = (weights, one.folder, options.probes, options.seed)
+            if one.task == "classify":
+                found = curvature_cls.of_classifier(*how, options.batch, options.device)
+            else:
+                found = curvature_det.of_detector(*how, options.device)
             sharp.append({"set": one.name, **found.plain()})
             parts.append(f"{one.name}, {found.line()}")
     content["hessian"] = sharp
