@@ -395,13 +395,13 @@ def _score(
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
     who = f"{Path(judge.config.teacher).name} looks at sources" if judge else "looking at sources"
     fast = screen_precision(config, method, plan, _device(config))
-    rough = in_precision(selector, fast) if selector is not None and fast is not None else None
-    with progress_bar(plan.sources, who + (f", in {fast}" if rough else "")) as bar:
-        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge, rough)
-    if rough is None:
+    quick = in_precision(selector, fast) if selector is not None and fast is not None else None
+    with progress_bar(plan.sources, who + (f", in {fast}" if quick else "")) as bar:
+        score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge, quick)
+    if quick is None:
         return None
     assert selector is not None
-    screen = Screen.of(store, rough, selector, method, columns, config, plan, _workers(config))
+    screen = Screen.of(store, quick, selector, method, columns, config, plan, _workers(config))
     with progress_bar(0, f"looking again, in {config.precision}") as bar:
         screen.settle_all(plan.groups, bar)
     return screen

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import re
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,8 @@ from focusdd_det.select import Proposal
 from focusdd_det.sources import Root, locate
 from focusdd_det.types import Crop, Detections, Image
 from focusdd_det.windows import middle_square, view_of
+
+log = logging.getLogger("focusdd")
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,19 @@ def compose_all(bench: Bench) -> list[Item]:
     Raises:
         DataError: too many sources turn out to be unusable, or their folder is gone.
     """
+    while True:
+        trusted = bench.screen and bench.screen.bound
+        items = _compose_all(bench)
+        if bench.screen is None or bench.screen.bound == trusted:
+            return items
+        # A first look was further off than any before. What such a look can have hidden is chosen now, in every class.
+        log.info(
+            "a first look was further off than any before: the composites are chosen anew, those that stay are kept"
+        )
+        bench.made.clear()
+
+
+def _compose_all(bench: Bench) -> list[Item]:
     config = bench.config
     judged = Judged(config.max_bad)
     done = {(item.group, item.proposal): item for item in detset.read_manifest(bench.folder, tolerant=True)}
@@ -156,7 +172,7 @@ def _one_class(
         if bench.screen and len(again := unsettled(ranking, batch)):
             bench.screen.settle(ranking.candidates.ids[again].tolist())
             ranking = bench.rank(group)
-            stream = ranking.proposals(number)  # what came before was settled, so it stays as it was
+            stream = ranking.proposals(number)  # what came before was settled; if a bound grew, see compose_all
             continue
         if not batch:
             break
@@ -289,11 +305,7 @@ def _draft(
 def _read_whole(root: Root, row: Row, position: int, config: SetConfig) -> Image:
     located = locate(root, row.path, row.folder, row.group, row.offset, row.size, row.mtime_ns)
     try:
-        if not located.file.parent.is_dir():
-            raise DataError(
-                f"{located.file.parent} is gone in the middle of the build; is the disk still there? What is done is "
-                "kept: bring it back and run the same command again"
-            )
+        located.demand_folder()
         data = located.read()
         if hashlib.sha256(data).hexdigest() != row.sha256:
             raise BadImage("its content changed while the set was built")

@@ -50,7 +50,7 @@ def deviation(p: Values, p_again: Values, share: Values, share_again: Values) ->
 def optimistic(p: Values, share: Values, seen: Deviation) -> tuple[Values, Values]:
     """The largest p and share [n] that sources can have which were looked at in low precision alone."""
     logit = _logit(p) + max(LEAST_LOGIT, SAFETY * seen.logit)
-    most = np.maximum(1 / (1 + np.exp(-logit)), p + LEAST_P)
+    most = np.maximum(1 / (1 + np.exp(-logit)), p + SAFETY * LEAST_P)
     return np.minimum(most, 1.0), np.minimum(share + max(LEAST_SHARE, SAFETY * seen.share), 1.0)
 
 

@@ -23,7 +23,7 @@ from focusdd_det.config import SetConfig
 from focusdd_det.contents import Content, confidence, steps
 from focusdd_det.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
 from focusdd_det.deviations import Deviation, deviation
-from focusdd_det.errors import DataError
+from focusdd_det.errors import DataError, WeightsError
 from focusdd_det.glance import Glance, Known, glance
 from focusdd_det.methods import REALISM_LEAST, Method
 from focusdd_det.plugins import content_of
@@ -52,7 +52,7 @@ def score_all(
     workers: int,
     progress: Callable[[int], object],
     judge: WindowJudge | None = None,
-    rough: Selector | None = None,
+    fast: Selector | None = None,
 ) -> None:
     """Look at every source of the stream that the store does not hold yet.
 
@@ -66,15 +66,16 @@ def score_all(
         workers: decoding threads or processes.
         progress: called with the number of sources that are done.
         judge: the detection teacher, for methods that rank windows by what it finds in them.
-        rough: the same ViT in low precision, which looks in place of `selector` (screening.py); every `_TWICE`th
-            batch, the first included, is looked at by both.
+        fast: the same ViT in low precision, which looks in place of `selector` (screening.py); every `_TWICE`th
+            batch, the first included, and any in which it overflows, is looked at by both.
 
     Raises:
         DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
+        WeightsError: what the ViT says is not a number.
     """
     view = judge.side if judge else selector.view if selector else 64
     final = Looker(selector, method, columns, config, store, judge)
-    lookers = [final] if rough is None else [final, Looker(rough, method, columns, config, store)]
+    lookers = [final] if fast is None else [final, Looker(fast, method, columns, config, store)]
     on_gpu = selector is not None and selector.device.type == "cuda"
     judged = Judged(config.max_bad)
     batches = 0
@@ -82,12 +83,13 @@ def score_all(
     def look(batch: Batch, pixels: Pixels) -> list[Seen]:
         nonlocal batches
         batches += 1
-        twice = batches % _TWICE == 1
-        return [looker(batch, pixels) for looker in (lookers if twice else lookers[-1:])]
+        seen = lookers[-1](batch, pixels)
+        twice = fast is not None and (batches % _TWICE == 1 or not seen.finite)
+        return [final(batch, pixels), seen] if twice else [seen]
 
     def finish(seen: list[Seen]) -> None:
         seen[0].keep(store)
-        if len(seen) > 1:
+        if len(seen) > 1 and seen[1].finite:  # of a batch that overflowed nothing is left to the first look
             store.deviate(lookers[1].sight, seen[1].deviation(seen[0]))
         progress(len(seen[0].rows))
 
@@ -141,6 +143,7 @@ class Seen:
         rows: of the sources, in the order of the schema.
         p, share, corner: [n], [n], [n, 2].
         name: the looker's; contents: what is kept by content under it.
+        finite: whether all that the ViT said are numbers.
     """
 
     rows: list[tuple[object, ...]]
@@ -149,6 +152,7 @@ class Seen:
     corner: NDArray[np.int64]
     name: str = ""
     contents: list[Content] = field(default_factory=list)
+    finite: bool = True
 
     @property
     def places(self) -> list[tuple[str, str]]:
@@ -156,8 +160,26 @@ class Seen:
         return [(str(row[0]), str(row[1])) for row in self.rows]
 
     def keep(self, store: ScoreStore) -> None:
-        """Put all of it into the file of scores."""
+        """Put all of it into the file of scores.
+
+        Raises:
+            WeightsError: not all of it are numbers.
+        """
+        self.demand_numbers()
         store.put(self.rows, self.name, self.contents)
+
+    def demand_numbers(self) -> None:
+        """Nothing that overflowed becomes a score.
+
+        Raises:
+            WeightsError: see there.
+        """
+        if not self.finite:
+            first = ":".join(self.places[0])
+            raise WeightsError(
+                f"the selector gives infinite or undefined numbers for {first} or one of the {len(self.rows) - 1} "
+                "sources after it; its weights are damaged, or overflow in this precision: try precision=fp32 or others"
+            )
 
     def deviation(self, final: Seen) -> Deviation:
         """How far this look is from one in full precision at the same sources."""
@@ -206,9 +228,12 @@ class Looker:
         corner: NDArray[np.int64] = np.zeros((n, 2), np.int64)
         features: NDArray[np.float16] | None = None
         contents: list[Content] = []
+        finite = True
         if self.selector is not None:
             looks = pixels.shape[1]
             probabilities, attention, features = self._see(pixels, n * looks)
+            finite = bool(probabilities.isfinite().all() and attention.isfinite().all())
+            probabilities, attention = probabilities.nan_to_num(), attention.nan_to_num()
             k = window_side(self.selector.grid, self.config.side_ratio)
             share_t, corner_t = best_windows(attention, k)
             if self.method.window == "least":
@@ -243,7 +268,7 @@ class Looker:
             )
             for i, (located, seen) in enumerate(batch)
         ]
-        return Seen(rows, p, share, corner, self.name, contents)
+        return Seen(rows, p, share, corner, self.name, contents, finite)
 
     def row_of(self, located: Located, content: Content) -> tuple[object, ...]:
         """The row of a source whose content was seen before."""

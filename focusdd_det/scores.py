@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,18 @@ class Row:
 
 
 _ROW_FIELDS = tuple(field.name for field in fields(Row))[:-1]
+
+
+class FirstLook(NamedTuple):
+    """Of a screening.
+
+    Attributes:
+        signature: of the rows of a class that were looked at once.
+        deviation: how far such a look can be off.
+    """
+
+    signature: str
+    deviation: Deviation
 
 
 class ScoreStore:
@@ -198,14 +211,14 @@ class ScoreStore:
             self.db.commit()
 
     def candidates(
-        self, group: str, alpha: float, features: bool = False, rough: tuple[str, Deviation] | None = None
+        self, group: str, alpha: float, features: bool = False, first_look: FirstLook | None = None
     ) -> tuple[Candidates, set[int]]:
         """The sources of a class in this run; of files with equal content one counts, by the least name.
 
         Args:
             features: also read the ViT's features: 2 d bytes a source of the class.
-            rough: of a screening, the signature of its first look and how far such a look can be off; sources that were
-                not looked at again get the best p and share that they can have.
+            first_look: of a screening; sources that were not looked at again get the best p and share that they can
+                have.
 
         Returns:
             The candidates; and the positions of those that could be looked at but turned out to be unusable later.
@@ -213,7 +226,7 @@ class ScoreStore:
         """
         # Typed columns, filled row by row: the rows of a large class never lie in memory as Python tuples.
         ids, phash, folder = array("q"), array("q"), array("i")
-        p, share, entropy, first = array("d"), array("d"), array("d"), array("b")
+        p, share, entropy, once = array("d"), array("d"), array("d"), array("b")
         sha, vectors = bytearray(), bytearray()
         names: dict[str, int] = {}
         unusable: set[int] = set()
@@ -232,19 +245,20 @@ class ScoreStore:
                 p.append(round(row[3], 4))
                 share.append(row[4])
                 phash.append(row[5])
-                first.append(rough is not None and row[8] == rough[0])
+                once.append(first_look is not None and row[8] == first_look.signature)
                 entropy.append(np.nan if row[9] is None else row[9])
                 if features:
                     vectors += row[10] or b""
         # The arrays are those columns themselves: a copy of each would double what a large class takes.
         confidence, shares = np.frombuffer(p, np.float64), np.frombuffer(share, np.float64)
-        unsettled = np.frombuffer(first, np.bool_)
-        if rough is not None:
-            best = optimistic(confidence[unsettled], shares[unsettled], rough[1])
-            confidence[unsettled], shares[unsettled] = best
+        looked_once = np.frombuffer(once, np.bool_)
         score = np.empty(len(ids), np.int64)
         for start in range(0, len(ids), _BLOCK):
             part = slice(start, start + _BLOCK)
+            if first_look is not None:
+                best = optimistic(confidence[part], shares[part], first_look.deviation)
+                for own, most in zip((confidence[part], shares[part]), best, strict=True):
+                    np.copyto(own, most, where=looked_once[part])
             score[part] = realism(confidence[part], shares[part], alpha)
         table = Candidates(
             ids=np.frombuffer(ids, np.int64),
@@ -253,7 +267,7 @@ class ScoreStore:
             p=confidence,
             score=score,
             phash=np.frombuffer(phash, np.uint64),
-            rough=unsettled if rough is not None else None,
+            once=looked_once if first_look is not None else None,
             features=self._vectors(vectors, len(ids)) if features else None,
             entropy=np.frombuffer(entropy, np.float64),
         )
@@ -268,11 +282,12 @@ class ScoreStore:
 
     def row(self, rowid: int) -> Row:
         """One source by its id."""
-        values = self.db.execute(
-            "SELECT root, path, folder, grp, offset, size, mtime, lower(hex(sha)), width, height, p, share, "
-            "win_row, win_col FROM source WHERE rowid = ?",
-            (rowid,),
-        ).fetchone()
+        with self._told():
+            values = self.db.execute(
+                "SELECT root, path, folder, grp, offset, size, mtime, lower(hex(sha)), width, height, p, share, "
+                "win_row, win_col FROM source WHERE rowid = ?",
+                (rowid,),
+            ).fetchone()
         return Row(**dict(zip(_ROW_FIELDS, values[:12], strict=True)), corner=(values[12], values[13]))
 
     def reject(self, rowid: int, reason: str) -> None:

@@ -4,7 +4,7 @@ Every source that was looked at only once is ranked by the best p and share that
 chosen, or walked past, in that ranking is looked at again, and what is found takes the place of the bound; then the
 ranking is made anew, until all that it takes were looked at twice. What lies behind them would lie there with its true
 scores as well, because a method's order is monotone: so the choice is that of full precision for every source, at the
-price of low precision for most.
+price of low precision for most. It rests on no first look being further off than twice the largest deviation seen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -23,17 +23,18 @@ from focusdd_det.config import SetConfig
 from focusdd_det.deviations import deviation
 from focusdd_det.glance import Glance, Known
 from focusdd_det.layouts import Layouts
-from focusdd_det.looking import Batches, Looker, Seen, outcomes_of
+from focusdd_det.looking import Batches, Judged, Looker, Seen, outcomes_of
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
-from focusdd_det.scores import Row, ScoreStore
+from focusdd_det.scores import FirstLook, Row, ScoreStore
 from focusdd_det.select import Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
 
 WORTH = 6  # sources for each one that is wanted, from which on a screening pays
 _LEAST = 2000  # sources from which on it does: some batches are looked at in both precisions, and some are not full
+_FEW_BATCHES = 8  # fewer are decoded by threads
 _AHEAD = 1.1  # so much more of a ranking is looked at again than is known to be needed: fewer rounds
 
 
@@ -76,11 +77,17 @@ class Screen:
     workers: int
     again: int = 0
 
+    @property
+    def bound(self) -> tuple[float, float]:
+        """How far a first look can be off, as far as it is known: (logit of p, share)."""
+        seen = self.store.deviation(self.first.sight)
+        return seen.logit, seen.share
+
     @classmethod
     def of(
         cls,
         store: ScoreStore,
-        rough: Selector,
+        fast: Selector,
         selector: Selector,
         method: Method,
         columns: Mapping[str, Sequence[int]],
@@ -88,22 +95,27 @@ class Screen:
         plan: Plan,
         workers: int,
     ) -> Screen:
-        """That of a plan's sources, which `rough` has looked at (looking.score_all)."""
-        first, second = (Looker(each, method, columns, config, store) for each in (rough, selector))
+        """That of a plan's sources, which `fast` has looked at (looking.score_all)."""
+        first, second = (Looker(each, method, columns, config, store) for each in (fast, selector))
         roots = {root.name: root for root in plan.roots}
         return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
 
     def rank(self, group: Group) -> Ranking:
         """The ranking of a class in which sources that were looked at once have the best p and score that they can."""
-        rough = (self.first.signatures[group.name], self.store.deviation(self.first.sight))
-        candidates, banned = self.store.candidates(group.name, self.config.alpha, rough=rough)
-        if candidates.rough is not None:
-            candidates.rough[list(banned)] = False  # there is nothing to look at again
+        first_look = FirstLook(self.first.signatures[group.name], self.store.deviation(self.first.sight))
+        candidates, banned = self.store.candidates(group.name, self.config.alpha, first_look=first_look)
+        assert candidates.once is not None
+        candidates.once[list(banned)] = False  # there is nothing to look at again
         return rank(group, candidates, banned, self.method, self.layouts, self.config)
 
     def settle_all(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at what the composites of all classes need, as far as it can be told before the teacher looks; in
-        rounds over the classes, so that the batches are full."""
+        rounds over the classes, so that the batches are full.
+
+        Raises:
+            DataError: more sources than `max_bad` allows cannot be read a second time, or their folder is gone.
+        """
+        self._learn(groups, bar)
         while groups:
             ids: list[int] = []
             more = []
@@ -117,10 +129,34 @@ class Screen:
             bar.total += len(ids)
             self.settle(ids, bar.update)
 
+    def _learn(self, groups: Sequence[Group], bar: Any) -> None:
+        """Look again at a batch from all classes where the first look comes from earlier builds, in which nothing was
+        looked at twice: the deviation is learned before anything is left to it."""
+        if self.store.deviation(self.first.sight).sources >= self.config.batch:
+            return
+        ids: list[int] = []
+        for group in groups:
+            candidates = self.rank(group).candidates
+            assert candidates.once is not None
+            ids += candidates.ids[candidates.once][: -(-self.config.batch // len(groups))].tolist()
+        bar.total += len(ids)
+        self.settle(ids, bar.update)
+
     def settle(self, ids: Sequence[int], progress: Callable[[int], object] = lambda _: None) -> None:
-        """Look at sources again, rows of the store, and put what is found in the place of the first look."""
+        """Look at sources again, rows of the store, and put what is found in the place of the first look.
+
+        Raises:
+            DataError: more of them than `max_bad` allows cannot be read, or their folder is gone.
+            WeightsError: what the ViT says is not a number.
+        """
+        if not ids:
+            return
         selector = self.second.selector
         assert selector is not None
+        # To start decoding processes takes longer than some batches.
+        few = len(ids) < _FEW_BATCHES * self.config.batch
+        config = replace(self.config, loader="threads") if few else self.config
+        judged = Judged(self.config.max_bad)
         rows: dict[tuple[str, str], tuple[int, Row]] = {}
 
         def sources() -> Iterator[Located]:
@@ -135,7 +171,7 @@ class Screen:
             progress(len(seen[0].rows))
 
         on_gpu = selector.device.type == "cuda"
-        outcomes, ahead = outcomes_of(sources(), selector.view, self.method, self.config, self.workers, Known(), on_gpu)
+        outcomes, ahead = outcomes_of(sources(), selector.view, self.method, config, self.workers, Known(), on_gpu)
         shape = self.second.shape(selector.view)
         with (
             Batches(shape, lambda *batch: [self.second(*batch)], finish, self.store, ahead, on_gpu) as waiting,
@@ -144,14 +180,18 @@ class Screen:
             for located, outcome in outcomes:
                 place = (located.source.root, located.source.path)
                 if isinstance(outcome, Glance) and outcome.sha.hex() == rows[place][1].sha256:
+                    judged.add(located.source, "")
                     waiting.add(located, outcome)
                     continue
+                located.demand_folder()
                 reason = outcome if isinstance(outcome, str) else "its content changed while the set was built"
                 self.store.reject(rows.pop(place)[0], reason)
+                judged.add(located.source, reason)
                 progress(1)
         self.store.commit()
 
     def _put(self, seen: Seen, before: Sequence[tuple[int, Row]]) -> None:
+        seen.demand_numbers()
         p, share = (np.array([getattr(row, name) for _, row in before], np.float64) for name in ("p", "share"))
         self.store.deviate(self.first.sight, deviation(p, seen.p, share, seen.share))
         self.store.put([], seen.name, seen.contents)
@@ -174,21 +214,21 @@ def unsettled(ranking: Ranking, taken: Iterable[Proposal]) -> NDArray[np.int64]:
     No composite stands for the end of the ranking: the sources ran out. Empty where all were looked at in full; else
     some more than need be, for fewer rounds.
     """
-    rough = ranking.candidates.rough
-    if rough is None or not rough.any():
+    once = ranking.candidates.once
+    if once is None or not once.any():
         return np.zeros(0, np.int64)
     composites = list(taken)
     if not composites or any(proposal.turn for proposal in composites):
-        return np.flatnonzero(rough)
+        return np.flatnonzero(once)
     keys = _last(ranking.order, [key for proposal in composites for key in proposal.keys])
     ends = (
         (ranking.order, max(keys, ranking.reserved)),
         (ranking.backgrounds, _last(ranking.backgrounds, [each for p in composites for each in p.backgrounds])),
     )
-    if not any(rough[order[:end]].any() for order, end in ends):
+    if not any(once[order[:end]].any() for order, end in ends):
         return np.zeros(0, np.int64)
     needed = np.unique(np.concatenate([order[: math.ceil(end * _AHEAD)] for order, end in ends]))
-    return np.asarray(needed[rough[needed]], np.int64)
+    return np.asarray(needed[once[needed]], np.int64)
 
 
 def _last(order: Order, chosen: Sequence[int]) -> int:

@@ -28,11 +28,12 @@ class Candidates:
         ids: [n] int64, rows of the score store.
         sha: [n, 32] uint8, content hashes; they break ties, so that neither path nor order ever decides.
         folder: [n] int32, index of the class folder: the stratum.
-        p: [n] float64 in [0, 1], confidence, rounded to 1e-4.
+        p: [n] float64 in [0, 1], confidence, rounded to 1e-4 (not that of a source which was looked at `once`).
         score: [n] int64, realism score S in units of 1e-4.
         phash: [n] uint64, difference hash of the view.
         features: [n, d] float16, the ViT's, of length 1; only for methods that need them.
-        rough: [n] bool, of a screening: p and score are the best that the source can have, not what it has.
+        once: [n] bool, of a screening: looked at once, so p and score are the best that the source can have, not what
+            it has.
         entropy: [n] float64, of the view's grey levels, bits; NaN where nobody looked.
     """
 
@@ -43,7 +44,7 @@ class Candidates:
     score: Order
     phash: NDArray[np.uint64]
     features: NDArray[np.float16] | None = None
-    rough: NDArray[np.bool_] | None = None
+    once: NDArray[np.bool_] | None = None
     entropy: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:

@@ -46,6 +46,18 @@ class Located:
     offset: int | None = None
     problem: str | None = None
 
+    def demand_folder(self) -> None:
+        """A source that was there before may have gone with its disk: no reason to quarantine all that is on it.
+
+        Raises:
+            DataError: its folder is gone.
+        """
+        if not self.file.parent.is_dir():
+            raise DataError(
+                f"{self.file.parent} is gone in the middle of the build; is the disk still there? What is done is "
+                "kept: bring it back and run the same command again"
+            )
+
     def read(self) -> bytes:
         """The bytes of the picture file.
 

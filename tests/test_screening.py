@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,11 @@ from conftest import draw
 from test_build import bench, make, options, tree  # noqa: F401
 from test_build_cls import bench as cls_bench  # noqa: F401
 
-from focusdd_det import looking, screening
+from focusdd_det import composites, looking, screening
 from focusdd_det.build import build, load_config
 from focusdd_det.detset import read_manifest, verify
 from focusdd_det.deviations import Deviation, deviation, optimistic
+from focusdd_det.errors import DataError, WeightsError
 from focusdd_det.labelling import TeacherBoxes
 from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, FocusDD, monotone
@@ -27,6 +30,7 @@ from focusdd_det.plan import Group, make_plan
 from focusdd_det.ranking import rank
 from focusdd_det.screening import screen_precision, screens, unsettled
 from focusdd_det.select import Candidates, ranked
+from focusdd_det.selector import Selector
 from focusdd_det.windows import realism
 
 LOGIT, SHARE = 0.3, 0.01  # how far the made-up first looks are off
@@ -122,15 +126,15 @@ class World:
         self.phash = rng.integers(0, 40, n).astype(np.uint64)  # many near duplicates
         self.config, self.layouts = config, Layouts(layout, (), 0)
         self.group = Group("a", "a", 0, ("a",), n, config.ipc)
-        self.rough = np.ones(n, bool)
+        self.once = np.ones(n, bool)
 
     def ranking(self, settled: bool = False) -> Any:
-        p, share, rough = self.p.copy(), self.share.copy(), self.rough & (not settled)
-        best = optimistic(self.p_first[rough], self.share_first[rough], Deviation(LOGIT / 2, SHARE / 2, 1))
-        p[rough], share[rough] = best
+        p, share, once = self.p.copy(), self.share.copy(), self.once & (not settled)
+        best = optimistic(self.p_first[once], self.share_first[once], Deviation(LOGIT / 2, SHARE / 2, 1))
+        p[once], share[once] = best
         table = Candidates(
             ids=np.arange(len(p)), sha=self.sha, folder=self.folder, p=p,
-            score=realism(p, share, self.config.alpha), phash=self.phash, rough=rough,
+            score=realism(p, share, self.config.alpha), phash=self.phash, once=once,
         )  # fmt: skip
         return rank(self.group, table, set(), METHODS[self.config.method], self.layouts, self.config)
 
@@ -143,8 +147,8 @@ class World:
             batch = [each for _, each in zip(range(min(3, self.config.ipc - len(made))), stream, strict=False)]
             again = unsettled(ranking, batch)
             if len(again):
-                assert self.rough[again].all()
-                self.rough[again] = False
+                assert self.once[again].all()
+                self.once[again] = False
                 ranking = self.ranking()
                 stream = ranking.proposals(len(made))
                 continue
@@ -175,7 +179,7 @@ def test_the_choice_is_that_of_the_true_scores(more: dict[str, Any], seed: int) 
     wanted = [each for _, each in zip(range(config.ipc), world.ranking(settled=True).proposals(), strict=False)]
     assert world.chosen() == wanted
     if config.ipc == 6 and config.selection == "grow" and not config.near_duplicate:
-        assert world.rough.sum() > 100  # and most sources were never looked at again
+        assert world.once.sum() > 100  # and most sources were never looked at again
 
 
 def test_a_bound_that_is_too_small_is_what_the_test_above_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +328,183 @@ def test_composites_that_the_teacher_empties_are_replaced_as_without_a_screening
     plain = make(bench, tmp_path / "plain", screen="off", **keys)
     assert any(item.proposal != item.index for item in read_manifest(plain))
     assert tree(make(bench, tmp_path / "screened", screen="bf16", **keys)) == tree(plain)
+
+
+def test_replacements_beyond_those_that_were_settled_before_are_looked_at_again(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late = []
+    real, settle = composites._write, screening.Screen.settle
+
+    def spied(self: Any, ids: Any, *progress: Any) -> None:
+        late.extend([] if progress else ids)  # composing has no bar for it
+        settle(self, ids, *progress)
+
+    monkeypatch.setattr(composites, "_write", lambda b, g, d, *rest: None if d.proposal < 8 else real(b, g, d, *rest))
+    monkeypatch.setattr(screening.Screen, "settle", spied)
+    keys = {"sources": [str(many)], "ipc": 4, "batch": 10, "classes": ["disc"]}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    assert tree(make(bench, tmp_path / "screened", screen="bf16", **keys)) == tree(plain)
+    assert late
+
+
+def test_a_look_further_off_than_any_before_never_makes_a_source_serve_twice(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first look at one source is off by more than the bound, which shows only while the class is composed, if at
+    all. Then the composites are chosen anew; if it never shows, the set is another one, but a whole one."""
+    real_write, real_look = composites._write, looking.Looker.__call__
+    monkeypatch.setattr(
+        composites, "_write", lambda b, g, d, *rest: None if d.proposal < 5 else real_write(b, g, d, *rest)
+    )
+    keys = {"sources": [str(many)], "ipc": 6, "batch": 10, "classes": ["disc"], "teacher_batch": 1}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    keyed = sorted({c.sha256 for item in read_manifest(plain) for c in item.cells if c.kind == "key"})[:6]
+    same = 0
+    for number, sha in enumerate(keyed):
+
+        def call(self: Any, batch: Any, pixels: Any, sha: str = sha) -> Any:
+            seen = real_look(self, batch, pixels)
+            for i, (_, found) in enumerate(batch if self.selector.precision != "fp32" else ()):
+                if found.sha.hex() == sha:
+                    seen.p[i] = 1 / (1 + np.exp(0.25) * (1 - seen.p[i]) / seen.p[i])
+                    row = list(seen.rows[i])
+                    row[12] = float(seen.p[i])
+                    seen.rows[i] = tuple(row)
+            return seen
+
+        with monkeypatch.context() as patch:
+            patch.setattr(looking.Looker, "__call__", call)
+            out = make(bench, tmp_path / f"screened-{number}", screen="bf16", **keys)
+        used = [cell.path for item in read_manifest(out) for cell in item.cells]
+        assert len(used) == len(set(used)) == 24
+        assert verify(out) == []
+        same += tree(out) == tree(plain)
+    assert same  # where it showed
+
+
+def overflowing(which: Any) -> Any:
+    """A ViT whose first look gives no numbers for some pictures of a batch: [n, 3, s, s] -> positions."""
+    real = Selector.__call__
+
+    def call(self: Any, pixels: Any) -> Any:
+        p, attention = (found.clone() for found in real(self, pixels))
+        if self.precision != "fp32":
+            at = which(pixels)
+            p[at] = float("nan")
+            attention[at] = float("inf")
+        return p, attention
+
+    return call
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_a_first_look_that_overflows_is_not_believed(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: bool,
+) -> None:
+    keys = {"sources": [str(many)], "ipc": 1, "batch": 10, "classes": ["disc"]}
+    plain = make(bench, tmp_path / "plain", screen="off", **keys)
+    turns = itertools.count()
+    which = (lambda pixels: slice(None)) if every else (lambda pixels: [4] if next(turns) == 2 else [])
+    monkeypatch.setattr(Selector, "__call__", overflowing(which))
+    screened = make(bench, tmp_path / "screened", screen="bf16", **keys)
+    assert tree(screened) == tree(plain)
+    assert np.isfinite(log(screened)["logit"])
+
+
+def test_numbers_that_are_none_in_full_precision_are_refused(
+    bench: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Selector, "__call__", overflowing(lambda pixels: [0]))
+    with pytest.raises(WeightsError, match="infinite or undefined numbers"):
+        make(bench, tmp_path / "set", precision="bf16")
+    with sqlite3.connect(tmp_path / "set.incomplete" / "scores.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM source").fetchone()[0] == 0
+
+
+def test_a_disk_that_is_gone_at_the_second_look_costs_no_first_look(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path / "sources"
+    shutil.copytree(many, copy)
+    keys = {"sources": [str(copy)], "ipc": 1, "batch": 10, "classes": ["disc"]}
+    settle_all = screening.Screen.settle_all
+
+    def lost(self: Any, groups: Any, bar: Any) -> None:
+        copy.rename(tmp_path / "gone")
+        settle_all(self, groups, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(screening.Screen, "settle_all", lost)
+        with pytest.raises(DataError, match="is gone in the middle of the build"):
+            make(bench, tmp_path / "screened", screen="bf16", **keys)
+    (tmp_path / "gone").rename(copy)
+    looks: list[str] = []
+    real = looking.Looker.__call__
+
+    def counted(self: Any, batch: Any, pixels: Any) -> Any:
+        looks.append(self.selector.precision)
+        return real(self, batch, pixels)
+
+    monkeypatch.setattr(looking.Looker, "__call__", counted)
+    screened = make(bench, tmp_path / "screened", screen="bf16", **keys)
+    assert looks and set(looks) == {"fp32"}
+    assert (screened / "quarantine.jsonl").read_text() == ""
+
+
+def test_too_many_sources_that_are_damaged_between_the_looks_end_the_build(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copy = tmp_path / "sources"
+    shutil.copytree(many, copy)
+    settle_all = screening.Screen.settle_all
+
+    def damaged(self: Any, groups: Any, bar: Any) -> None:
+        for file in (copy / "disc").iterdir():
+            file.write_bytes(b"no picture")
+        settle_all(self, groups, bar)
+
+    monkeypatch.setattr(screening.Screen, "settle_all", damaged)
+    with pytest.raises(DataError, match="more than max_bad"):
+        make(bench, tmp_path / "set", screen="bf16", sources=[str(copy)], ipc=10, batch=10, classes=["disc"])
+
+
+def test_first_looks_of_another_build_are_not_trusted_before_some_were_looked_at_again(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = {"sources": [str(many)], "ipc": 1, "batch": 10, "classes": ["disc"], "scores": str(tmp_path / "s.sqlite")}
+    make(bench, tmp_path / "rough", precision="bf16", **keys)
+    known: list[int] = []
+    real = screening.unsettled
+
+    def spied(ranking: Any, taken: Any) -> Any:
+        known.append(int(ranking.candidates.once.sum()))
+        return real(ranking, taken)
+
+    monkeypatch.setattr(screening, "unsettled", spied)
+    make(bench, tmp_path / "set", screen="bf16", **keys)
+    assert known[0] == 75 - 10  # a batch was looked at again before the first ranking
 
 
 def test_the_first_look_may_be_asked_for_in_another_build(bench: Path, tmp_path: Path) -> None:  # noqa: F811

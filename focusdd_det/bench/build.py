@@ -332,7 +332,7 @@ class _Screened(_Scene):
         ipc = max(1, min(there.values(), default=0) // (WORTH * self.config.grid**2))
         self.config = replace(self.config, ipc=ipc)
         self.groups = [replace(group, ipc=ipc) for group in plan.groups if there[group.name]]
-        self.rough = in_precision(self.selector, fast)
+        self.fast = in_precision(self.selector, fast)
         self.bounds: dict[str, Candidates] = {}
         self.summary: dict[str, float] = {}
 
@@ -346,9 +346,9 @@ class _Screened(_Scene):
         c, columns = self.config, self.columns
         try:
             score_all(
-                self.sources, store, self.selector, METHOD, columns, c, self.workers, lambda _: None, rough=self.rough
+                self.sources, store, self.selector, METHOD, columns, c, self.workers, lambda _: None, fast=self.fast
             )
-            screen = Screen.of(store, self.rough, self.selector, METHOD, columns, c, self.plan, self.workers)
+            screen = Screen.of(store, self.fast, self.selector, METHOD, columns, c, self.plan, self.workers)
             with progress_bar(0, "looking again") as bar:
                 screen.settle_all(self.groups, bar)
             self.bounds = {group.name: screen.rank(group).candidates for group in self.groups}

@@ -18,10 +18,10 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def monotone(order: T) -> T:
-    """Marks an `order` or `backgrounds` in which a source comes no later when its own p or score grows and nothing else
-    changes. A method of which both are can be screened: sources that cannot come to the front, however good the second
-    look, are looked at in low precision alone (screening.py). Whoever overrides one says so again,
-    or is not screened."""
+    """Marks an `order` or `backgrounds` in which, when the p or score of one source falls and nothing else changes,
+    that source comes no sooner and those that came before it keep their places. A method of which both are can be
+    screened: sources that cannot come to the front, however good the second look, are looked at in low precision alone
+    (screening.py). Whoever overrides one says so again, or is not screened."""
     order.monotone = True  # type: ignore[attr-defined]
     return order
 
@@ -107,8 +107,9 @@ class Base:
 
 def shuffled(candidates: Candidates, config: SetConfig, group: str) -> Order:
     """A random order that depends on the seed and on what the sources hold."""
-    draws = [uniform("random", config.seed, group, row.tobytes().hex()) for row in candidates.sha]
-    return ranked(candidates, (np.array(draws, np.float64) * 2**53).astype(np.int64), False)
+    each = (uniform("random", config.seed, group, row.tobytes().hex()) for row in candidates.sha)
+    draws = np.fromiter(each, np.float64, len(candidates))
+    return ranked(candidates, (draws * 2**53).astype(np.int64), False)
 
 
 def check_order(order: Order, sources: int, name: str, what: str) -> Order:
