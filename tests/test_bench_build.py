@@ -49,6 +49,18 @@ def test_a_build_is_measured_beside_its_floor(options: BenchOptions, tmp_path: P
     assert ">= 1.7" in text
 
 
+def test_a_screening_is_measured_and_chooses_what_full_precision_chooses(
+    options: BenchOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_build, "precision_of", lambda *_: "bf16")  # whatever this machine would take
+    result = bench_build.measure(options, tmp_path)
+    seen = result["screening"]
+    assert seen["same"] == 1
+    assert seen["wanted"] > 0 and seen["looked_twice"] >= seen["looked_again"]
+    assert "scoring, bf16 then fp32" in result["seconds"]
+    assert "bf16 then fp32" in result["agreement"]
+
+
 def test_without_weights_the_models_are_random_and_it_says_so(options: BenchOptions, tmp_path: Path) -> None:
     bare = replace(options, selector="vit_tiny_patch16_224", selector_weights=None, teacher="yolo11n.yaml")
     bench = prepare(bare, tmp_path, 2, 3)
