@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ONE2MANY, ONE2ONE = "one2many", "one2one"
@@ -155,11 +156,11 @@ def supervision_terms(
         divergence, foreground = _ClassTerm.apply(s_scores.float(), t_scores.detach(), temperature, beta)  # type: ignore[no-untyped-call]
         total = foreground.sum().clamp(min=1)
         if student_reg_max == teacher_reg_max > 1:
-            box = bins_kl(teacher["boxes"], student["boxes"], student_reg_max)
+            box = _BinsTerm.apply(student["boxes"].float(), teacher["boxes"].detach(), foreground, student_reg_max)  # type: ignore[no-untyped-call]
         else:
             target = decode_boxes(teacher["boxes"].detach(), anchors, teacher_reg_max)
-            box = 1 - giou(target, decode_boxes(student["boxes"], anchors, student_reg_max))
-        return Supervision(divergence * temperature**2 / total, (foreground * box).sum() / total)
+            box = (foreground * (1 - giou(target, decode_boxes(student["boxes"], anchors, student_reg_max)))).sum()
+        return Supervision(divergence * temperature**2 / total, box / total)
 
 
 class _ClassTerm(torch.autograd.Function):
@@ -186,18 +187,20 @@ class _ClassTerm(torch.autograd.Function):
         total = student.new_zeros(())
         size = 1 if student.device.type == "cpu" else len(student)
         parts = (torch.split(whole, size) for whole in (student, teacher, gradient, foreground))  # type: ignore[no-untyped-call]
+        hot, cold, probability, weight, spare = (torch.empty_like(student[:size]) for _ in range(5))
         for s, t, into, highest in zip(*parts, strict=True):
-            hot, x = t.float(), s
-            probability = hot.sigmoid()
+            hot.copy_(t)
+            torch.sigmoid(hot, out=probability)
             torch.amax(probability, 1, out=highest)
             if temperature == 1:
-                torch.sub(torch.sigmoid(x, out=into), probability, out=into)
-                weight = into.abs()
+                torch.sub(torch.sigmoid(s, out=into), probability, out=into)
+                torch.abs(into, out=weight)
+                cold.copy_(s)
             else:
-                weight = (probability - s.sigmoid()).abs_()
-                hot, x = hot / temperature, s / temperature
-                torch.sub(torch.sigmoid(x, out=into), hot.sigmoid(), out=into).div_(temperature)
-            divergence = _divergence(hot, x)
+                torch.sub(probability, torch.sigmoid(s, out=into), out=weight).abs_()
+                torch.sigmoid(hot.div_(temperature), out=probability)
+                torch.sigmoid(torch.div(s, temperature, out=cold), out=into).sub_(probability).div_(temperature)
+            divergence = _divergence_(hot, cold, probability, spare)
             if beta:
                 weight = weight if beta == 1 else weight.pow_(beta)
                 divergence *= weight
@@ -208,18 +211,68 @@ class _ClassTerm(torch.autograd.Function):
         return total, foreground
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         """To the student alone."""
         (gradient,) = ctx.saved_tensors
-        return gradient * outer, None, None, None
+        return gradient.mul_(outer), None, None, None
 
 
-def _divergence(t: Tensor, s: Tensor) -> Tensor:
+class _BinsTerm(torch.autograd.Function):
+    """The sum over anchors of f * `bins_kl`: value and gradient in one pass, as in `_ClassTerm`.
+
+    The gradient of a student's bin is f (softmax(s) - softmax(t)) / 4.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, foreground: Tensor, reg_max: int) -> Tensor:
+        """A scalar.
+
+        Args:
+            ctx: of autograd.
+            student: [B, 4 * R, A] logits, float32.
+            teacher: the same shape, any precision.
+            foreground: [B, A] f.
+            reg_max: R.
+        """
+        gradient = torch.empty_like(student)
+        total = student.new_zeros(())
+        size = 1 if student.device.type == "cpu" else len(student)
+        parts = (torch.split(whole, size) for whole in (student, teacher, gradient, foreground))  # type: ignore[no-untyped-call]
+        for s, t, into, f in zip(*parts, strict=True):
+            sides = (len(s), 4, reg_max, s.shape[2])
+            weight = (f / 4)[:, None, None]
+            log_s, log_t = s.view(sides).log_softmax(2), t.float().view(sides).log_softmax(2)
+            wanted = log_t.exp()
+            torch.sub(torch.exp(log_s, out=into.view(sides)), wanted, out=into.view(sides)).mul_(weight)
+            total += (wanted.mul_(log_t.sub_(log_s)).sum(2, keepdim=True) * weight).sum()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """To the student alone."""
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(outer), None, None, None
+
+
+def _divergence_(t: Tensor, s: Tensor, q: Tensor, spare: Tensor) -> Tensor:
     """`bernoulli_kl` at T = 1, without gradient: softplus(s) - softplus(t) - q (s - t).
 
-    It is the same for both signs of the logits, and taken on the side where q <= 1/2: there nothing large cancels.
+    It is the same for both signs of the logits, and taken on the side where q <= 1/2: there nothing large cancels. The
+    difference of the softplus is log(1 + (e^s - e^t) / (1 + e^t)), for s > 80 with s - 80 beside it.
+
+    Args:
+        t, s, q, spare: logits of teacher and student, sigmoid(t), anything; all are overwritten.
+
+    Returns:
+        One of them.
     """
-    x = torch.copysign(t.new_ones(()), t).mul_(s).neg_()
-    t = t.abs().neg_()
-    divergence = F.softplus(x).sub_(F.softplus(t))
-    return divergence.addcmul_(t.sigmoid(), x.sub_(t), value=-1)
+    s.copysign_(torch.mul(s, t, out=spare)).neg_()  # s for t < 0, -s for t > 0
+    t.abs_().neg_()
+    torch.minimum(q, torch.sub(1, q, out=spare), out=q)  # sigmoid of this t
+    torch.sub(s, t, out=spare).mul_(q)  # q (s - t)
+    spare.sub_(torch.clamp(s, min=80).sub_(80))
+    torch.sub(s.clamp_(max=80).exp_(), t.exp_(), out=s)
+    return s.mul_(q.neg_().add_(1)).log1p_().sub_(spare)

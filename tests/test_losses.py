@@ -227,6 +227,25 @@ def test_the_class_term_and_its_gradient_are_those_of_the_formula(temperature: f
     assert torch.allclose(ours.grad, plain.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_the_box_term_and_its_gradient_are_those_of_the_formula() -> None:
+    teacher, student = (head(seed, batch=3, anchors=6) for seed in (15, 16))
+    ours, plain = (student["boxes"].clone().requires_grad_() for _ in range(2))
+    value = terms({**student, "boxes": ours}, teacher).box
+    (3 * value).backward()
+    f = teacher["scores"].sigmoid().amax(1)
+    expected = (f * bins_kl(teacher["boxes"], plain, 4)).sum() / f.sum().clamp(min=1)
+    (3 * expected).backward()
+    assert torch.allclose(value, expected, rtol=1e-5)
+    assert torch.allclose(ours.grad, plain.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_beyond_what_an_exponential_holds_are_no_infinity() -> None:
+    large = {"scores": torch.full((1, 1, 1), 500.0), "boxes": torch.zeros(1, 16, 1)}
+    result = terms({**large, "scores": -large["scores"]}, large, beta=0)
+    assert result.cls.item() == pytest.approx(500)
+    assert terms(large, {**large, "scores": -large["scores"]}, beta=0).cls.item() == pytest.approx(500)
+
+
 @given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=4, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_the_class_term_is_never_negative_and_zero_at_equality(t: list[float], s: list[float]) -> None:
