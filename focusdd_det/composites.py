@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from focusdd_det import detset
+from focusdd_det.bad_sources import Judged
 from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, resize
 from focusdd_det.config import SetConfig
 from focusdd_det.decode import BadImage, decode
@@ -30,7 +31,6 @@ from focusdd_det.errors import DataError, FocusDDError, VerifyError
 from focusdd_det.glance import UNREADABLE
 from focusdd_det.labelling import Labeller, Look
 from focusdd_det.layouts import Layouts, cell_sizes
-from focusdd_det.looking import Judged
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar

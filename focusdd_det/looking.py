@@ -1,30 +1,24 @@
-"""Every source is looked at: read, decoded, shown to the ViT (or the detection teacher), kept in the file of scores.
-
-On a CPU decoding and the ViT take turns: side by side they would only wait for each other's threads. On a GPU, or with
-decoding processes, the next batch is filled while one is at the ViT.
-"""
+"""Every source is looked at: read, decoded, shown to the ViT (or the detection teacher), kept in the file of scores."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from focusdd_det.bad_sources import Judged
+from focusdd_det.batches import Batch, Batches, Pixels, outcomes_of
 from focusdd_det.config import SetConfig
 from focusdd_det.contents import Content, confidence, steps
-from focusdd_det.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
 from focusdd_det.deviations import Deviation, deviation
-from focusdd_det.errors import DataError, WeightsError
-from focusdd_det.glance import Glance, Known, glance
+from focusdd_det.errors import WeightsError
+from focusdd_det.glance import Glance, glance
 from focusdd_det.methods import REALISM_LEAST, Method
 from focusdd_det.plugins import content_of
 from focusdd_det.scores import ScoreStore
@@ -33,13 +27,8 @@ from focusdd_det.sources import Located
 from focusdd_det.window_judge import WindowJudge
 from focusdd_det.windows import best_windows, least_windows, window_side
 
-MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
 _VERSION = 2  # of the scoring itself: a change of what a score means must not meet old scores
 _TWICE = 64  # of so many batches of a screening one is looked at in both precisions
-_COMMIT = 2.0  # seconds between two commits
-
-Batch = Sequence[tuple[Located, Glance]]
-Pixels = NDArray[np.uint8]  # [sources, looks, view, view, 3], zeros behind the last source
 
 
 def score_all(
@@ -340,141 +329,3 @@ def signature(
     if judge is not None:
         content += [*judge.depends_on(group), *content_of(method)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-# ---- batches ----
-
-
-class Batches:
-    """Views on their way to what looks, in full batches.
-
-    Args:
-        shape: of the pixels of a batch.
-        look: a batch and its pixels -> what was seen.
-        finish: takes what was seen, in order, in the caller's thread.
-        store: committed every few seconds.
-        ahead: whether a batch is filled while the one before is looked at.
-        pinned: pixels lie in pinned memory, so that they reach a GPU without another copy and while it works.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        look: Callable[[Batch, Pixels], list[Seen]],
-        finish: Callable[[list[Seen]], None],
-        store: ScoreStore,
-        ahead: bool,
-        pinned: bool,
-    ) -> None:
-        self.shape, self.look, self.finish, self.store, self.pinned = shape, look, finish, store, pinned
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="vit") if ahead else None
-        self.waiting: Future[list[Seen]] | None = None
-        self.committed = time.monotonic()
-        self._blank()
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._send()
-                self._receive()
-        finally:
-            if self.pool:
-                self.pool.shutdown()
-
-    def add(self, located: Located, seen: Glance) -> None:
-        """One source; its pixels are copied, the only time that they are: a process' views are lent."""
-        for i, view in enumerate(seen.views):
-            self.pixels[len(self.batch), i] = view
-        self.batch.append((located, replace(seen, views=())))
-        if len(self.batch) == self.shape[0]:
-            self._send()
-
-    def _send(self) -> None:
-        if not self.batch:
-            return
-        if self.pool is None:
-            self._done(self.look(self.batch, self.pixels))
-        else:
-            following = self.pool.submit(self.look, self.batch, self.pixels)
-            self._receive()
-            self.waiting = following
-        self._blank()
-
-    def _receive(self) -> None:
-        if self.waiting is not None:
-            seen, self.waiting = self.waiting.result(), None
-            self._done(seen)
-
-    def _done(self, seen: list[Seen]) -> None:
-        self.finish(seen)
-        if time.monotonic() - self.committed > _COMMIT:
-            self.store.commit()
-            self.committed = time.monotonic()
-
-    def _blank(self) -> None:
-        self.batch: list[tuple[Located, Glance]] = []
-        self.pixels: Pixels = torch.zeros(self.shape, dtype=torch.uint8, pin_memory=self.pinned).numpy()
-
-
-def outcomes_of(
-    sources: Iterator[Located],
-    view: int,
-    method: Method,
-    config: SetConfig,
-    workers: int,
-    known: Known,
-    on_gpu: bool,
-) -> tuple[Generator[Outcome, None, None], bool]:
-    """The sources decoded, in order; and whether that goes on while a batch is looked at."""
-    whole = not method.looks and not method.needs_teacher
-    depth = 4 * workers + config.batch
-    if choose(config.loader, workers, on_gpu, whole) == "processes":
-        return in_processes(sources, Task(view, config, known), workers, depth), True
-
-    def work(located: Located) -> Glance | str:
-        return glance(located, view, method, config, known)
-
-    if on_gpu:
-        return in_threads(sources, work, workers, depth), True
-    return in_turns(sources, work, workers, config.batch), False
-
-
-class Judged:
-    """Counts sources that were used and that could not be, and stops a build when too many could not."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.seen = 0
-        self.bad = 0
-        self.reasons: Counter[str] = Counter()
-        self.last = ""
-
-    def add(self, source: object, reason: str) -> None:
-        """Count one source; an empty reason means that it can be used.
-
-        Raises:
-            DataError: the share of bad ones is above the limit, after the first `MIN_JUDGED`.
-        """
-        self.seen += 1
-        if reason:
-            self.bad += 1
-            self.reasons[reason if len(self.reasons) < 100 else "others"] += 1
-            self.last = f"{source}: {reason}"
-            if self.seen >= MIN_JUDGED:
-                self.end()
-
-    def end(self) -> None:
-        """The same for all of them, however few.
-
-        Raises:
-            DataError: see `add`.
-        """
-        if self.bad > self.limit * self.seen:
-            summary = "\n  ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(10))
-            raise DataError(
-                f"{self.bad} of the first {self.seen} sources cannot be used, more than max_bad={self.limit:g} allows:"
-                f"\n  {summary}\nThe last one: {self.last}. Check the source folders, or raise max_bad"
-            )

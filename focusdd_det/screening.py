@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from focusdd_det.bad_sources import Judged
+from focusdd_det.batches import Batches, outcomes_of
 from focusdd_det.config import SetConfig
 from focusdd_det.deviations import deviation
 from focusdd_det.glance import Glance, Known
 from focusdd_det.layouts import Layouts
-from focusdd_det.looking import Batches, Judged, Looker, Seen, outcomes_of
+from focusdd_det.looking import Looker, Seen
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
