@@ -1,6 +1,8 @@
 # make demo          the whole main job on drawn pictures, in about five minutes; nothing is downloaded but packages
 #                    DEMO="--source DIR --val annotations.json ..." runs it on your own
 # make test          lint, types, and every test under a minute;  make test-slow: the others
+# make venv, lint    only the installation; only ruff and mypy
+# make clean         deletes caches, demo/ and build folders; runs/ (your trainings) stays
 # CONSTRAINTS=       install without the pins of constraints-cpu.txt (a machine with a GPU)
 PYTHON ?= python3
 CONSTRAINTS ?= constraints-cpu.txt
@@ -34,5 +36,5 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf demo runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -89,7 +89,10 @@ def read_class_map(path: Path, levels: Sequence[str]) -> ClassMap:
     for name, entry in content.items():
         problems += _unusable(name)
         if not isinstance(entry, dict) or type(entry.get("coco_id")) is not int:
-            problems.append(f"`{name}` needs a coco_id and lists {', '.join(LEVELS)}")
+            problems.append(
+                f"`{name}` needs a coco_id and lists {', '.join(LEVELS)}; for classes of your own write "
+                "`names: [...]` and, where folders have other names, `folders: {folder: class}`"
+            )
             continue
         if entry["coco_id"] in order:
             problems.append(f"`{name}` has the coco_id of `{order[entry['coco_id']]}`")

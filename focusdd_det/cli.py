@@ -40,13 +40,14 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it
   focusdd card datasets/focusdd results=coco_eval.json out=card.md          the dataset card with measured numbers
   focusdd stats datasets/focusdd datasets/random                            what sets hold, in numbers and plots
+  focusdd grids datasets/focusdd reference=instances_val2017.json           which grids= come nearest to its box sizes
   focusdd map audit source=imagenet/train teacher=yolo11x.pt                does the teacher find each folder's class?
   focusdd bench --quick                                                     how fast all of it is on this machine
   focusdd gallery datasets/focusdd                                          every composite on one page, for a browser
 
 `focusdd <command> --help` lists the options with examples. The scripts in tools/ are the same commands.
 Exit codes: 0 done, 1 unexpected, 2 usage or config, 3 input data, 4 teacher or weights, 5 disk or lock,
-6 verification failed, 130 interrupted (the same command goes on)."""
+6 verification failed, 130 interrupted (nothing is lost: the message says how to go on)."""
 
 BUILD_USAGE = """Build a distilled detection set from class folders.
 

@@ -168,7 +168,7 @@ def load_selector(
         weights: checkpoint path; .safetensors, or .pth (.pth.tar) read without running code. LF-ViT checkpoints are
             renamed.
         view: px, or auto: 112 for LF-ViT checkpoints, the model's own size otherwise.
-        download: let timm fetch its own weights when `weights` is None.
+        download: let timm fetch its own weights when `weights` is None and they are not in its cache.
 
     Raises:
         WeightsError: no such model, no or wrong weights, no class token, classes that do not fit.
@@ -179,7 +179,8 @@ def load_selector(
     name = spec["arch"]
     backbone = _backbone(spec, pretrained=weights is None)
     of_timm = isinstance(backbone, TimmViT)
-    if weights is None and not (download and of_timm):
+    here = isinstance(backbone, TimmViT) and (download or backbone.cached)
+    if weights is None and not here:
         raise WeightsError(
             f"selector={name} has no weights here: give selector_weights=PATH (.safetensors or .pth)"
             + (", or download=true to let timm fetch them" if of_timm else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import timm
 import torch
@@ -171,6 +172,21 @@ def test_no_weights_and_no_download_says_how(tmp_path: Path) -> None:
         load_selector("deit_tiny_patch16_224", None)
     with pytest.raises(WeightsError, match="no checkpoint at"):
         load_selector("deit_tiny_patch16_224", str(tmp_path / "absent.safetensors"))
+
+
+def test_weights_that_timm_fetched_before_need_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = timm.create_model(name, depth=12)
+    snapshot = tmp_path / f"models--timm--{name}" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    (tmp_path / f"models--timm--{name}" / "refs").mkdir()
+    (tmp_path / f"models--timm--{name}" / "refs" / "main").write_text("0")
+    with pytest.raises(WeightsError, match="download=true"):
+        load_selector(name, None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    selector = load_selector(name, None)  # and no network is there: conftest.py
+    assert torch.equal(selector.model.head.weight, model.head.weight)
 
 
 def test_deit_tiny_on_photographs(assets: Path) -> None:

@@ -1,6 +1,6 @@
 """Class-incremental learning: a student trained from scratch on the classes seen so far, step by step.
 
-python tools/continual_cls.py steps=5 labels=hard data=datasets/focusdd_cls eval_data=imagenet
+python tools/continual_cls.py steps=5 labels=hard data=datasets/focusdd_cls eval_data=imagenet/val
 """
 
 from focusdd_det.classify.continual import continual_command

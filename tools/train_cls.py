@@ -1,6 +1,6 @@
 """A distilled classification set (+ soft labels or a teacher) -> a classifier trained from scratch.
 
-python tools/train_cls.py model=resnet18 data=datasets/in10 store=datasets/in10-labels eval_data=imagenet
+python tools/train_cls.py model=resnet18 data=datasets/in10 store=datasets/in10_labels eval_data=imagenet/val
 python tools/train_cls.py resume=runs/classify/train
 """
 

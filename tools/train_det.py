@@ -1,6 +1,6 @@
 """A distilled set (+ a teacher) -> a detector trained from scratch.
 
-python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt epochs=100 eval_data=coco.yaml
+python tools/train_det.py model=yolo11n.yaml data=datasets/focusdd teacher=yolo11x.pt eval_data=datasets/coco.yaml
 python tools/train_det.py resume=runs/detect/train/weights/last.pt
 """
 

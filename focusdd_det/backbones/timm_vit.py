@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from focusdd_det.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
@@ -13,7 +14,12 @@ from focusdd_det.backbones.rows import ClassTokenRows
 
 
 class TimmViT(Backbone):
-    """A model of timm, built with keyword arguments of its own; `pretrained` lets timm fetch its weights."""
+    """A model of timm, built with keyword arguments of its own; `pretrained`: with timm's own weights, fetched unless
+    they are `cached`.
+
+    Attributes:
+        cached: what timm fetched before, in the cache of huggingface_hub; None if it is not there. Nobody is asked.
+    """
 
     def __init__(self, name: str, kwargs: Mapping[str, Any], pretrained: bool = False) -> None:
         self.name = name
@@ -23,9 +29,14 @@ class TimmViT(Backbone):
         self.view = int(self.kwargs.get("img_size", config.input_size[-1] if config is not None else 224))
         self.mean = tuple(config.mean) if config is not None else IMAGENET_MEAN
         self.std = tuple(config.std) if config is not None else IMAGENET_STD
+        hub = config.hf_hub_id if config is not None else None
+        found = try_to_load_from_cache(hub, "model.safetensors") if hub else None
+        self.cached = found if isinstance(found, str) else None
 
     def build(self, view: int) -> nn.Module:
-        model: nn.Module = timm.create_model(self.name, pretrained=self.pretrained, **{**self.kwargs, "img_size": view})
+        own = {"pretrained_cfg_overlay": {"file": self.cached}} if self.pretrained and self.cached else {}
+        kwargs = {**self.kwargs, "img_size": view, **own}
+        model: nn.Module = timm.create_model(self.name, pretrained=self.pretrained, **kwargs)
         return model
 
     def grid(self, view: int) -> int:

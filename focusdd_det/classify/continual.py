@@ -27,10 +27,10 @@ _OF_THE_MACHINE = ("device", "workers")  # where a step runs, not what it is
 USAGE = """Class-incremental learning on a distilled set: train from scratch on the classes seen so far, step by step.
 
   python tools/continual_cls.py steps=5 model=resnet18 data=datasets/focusdd_cls teacher=resnet18 \\
-      teacher_weights=resnet18.pth eval_data=imagenet epochs=300 out=runs/continual
-  python tools/continual_cls.py steps=5 labels=hard data=datasets/focusdd_cls eval_data=imagenet out=runs/continual
+      teacher_weights=resnet18.pth eval_data=imagenet/val epochs=300 out=runs/continual
+  python tools/continual_cls.py steps=5 labels=hard data=datasets/focusdd_cls eval_data=imagenet/val out=runs/continual
 
-  steps       equal groups that the classes are split into (default 5)
+  steps       groups, as equal as can be, that the classes are split into (default 5)
   order_seed  decides which classes come when (default 0)
   out         folder of the runs, continual.json and continual.png (default runs/continual)
   and every key of tools/train_cls.py but classes, project, name, resume and store (a store holds the logits of all

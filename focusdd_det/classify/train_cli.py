@@ -18,14 +18,14 @@ SHIPPED = "train_cls.yaml"
 
 TRAIN_USAGE = """Train a classifier on a distilled set with a teacher's soft labels, and measure it on real pictures.
 
-  python tools/train_cls.py model=resnet18 data=datasets/in10 store=datasets/in10-labels eval_data=imagenet
+  python tools/train_cls.py model=resnet18 data=datasets/in10 store=datasets/in10_labels eval_data=imagenet/val
   python tools/train_cls.py --model resnet18 --data datasets/in10 --teacher resnet18 --teacher-weights resnet18.pth \\
-      --eval-data imagenet --epochs 300
+      --eval-data imagenet/val --epochs 300
   python tools/train_cls.py model=yolo11n-cls.yaml data=datasets/in10 labels=hard eval_data=imagenet/val
   python tools/train_cls.py model=resnet18 weights=runs/classify/train/weights/last.json data=imagenet \\
-      teacher=resnet18 teacher_weights=resnet18.pth subset_ipc=10 epochs=50 batch=64 lr0=2.5e-4 eval_data=imagenet
+      teacher=resnet18 teacher_weights=resnet18.pth subset_ipc=10 epochs=50 batch=64 lr0=2.5e-4 eval_data=imagenet/val
   python tools/train_cls.py resume=runs/classify/train
-  python tools/train_cls.py data=datasets/in10 store=datasets/in10-labels eval_data=none --dry-run
+  python tools/train_cls.py data=datasets/in10 store=datasets/in10_labels eval_data=none --dry-run
 
 `key=value` or `--key value`; every key of `yolo classify train` and those below. --dry-run prints the plan and stops.
 """

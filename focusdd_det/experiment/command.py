@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from focusdd_det.config import BuildConfig, ClassBuildConfig, parse_tokens, suggest
+from focusdd_det.config import BuildConfig, ClassBuildConfig, parse_tokens, read_yaml, suggest
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, FocusDDError
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
 
 USAGE = """A grid of builds, trainings and evaluations, ending in one table with mean, spread and seeds, and a plot.
 
-  focusdd experiment methods imagenet=/data/imagenet/train coco=/data/coco.yaml        a shipped experiment
+  focusdd experiment methods imagenet=/data/imagenet/train coco=/data/coco.yaml teacher=yolo11x.pt \\
+      selector=deit_small.safetensors                                                   a shipped experiment
   focusdd experiment mine.yaml out=runs/mine parallel=2                                 one of your own
-  focusdd experiment methods --small assets=../shared/assets                            its small variant
-  focusdd experiment methods --small assets=../shared/assets --dry-run                  what would run, and its disk
-  focusdd experiment methods --small assets=../shared/assets --table                    the table of what is there
+  focusdd experiment methods --small assets=ASSETS                                      its small variant
+  focusdd experiment methods --small assets=ASSETS --dry-run                            what would run, and its disk
+  focusdd experiment methods --small assets=ASSETS --table                              the table of what is there
   focusdd experiment methods ... seeds=0,1,2,3,4 iterations=5000 train.batch=32 build.device=cuda:1
 
 NAME=VALUE      data that the file needs (--help of a file lists it: focusdd experiment methods --help)
@@ -116,15 +117,11 @@ def _finish(experiment: Experiment, out: Path) -> int:
 def _listed() -> str:
     lines = []
     for name, file in shipped().items():
-        title = next(
-            (line[7:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("title: ")), ""
-        )
-        lines.append(f"  {name:18}{title}")
+        lines.append(f"  {name:18}{read_yaml(file).get('title', '')}")
     return "\n".join(lines)
 
 
 def _about(name: str) -> str:
-    from focusdd_det.config import read_yaml
     from focusdd_det.experiment.spec import find_experiment
 
     path = find_experiment(name)

@@ -1,6 +1,6 @@
 """An experiment's YAML file -> one validated dataclass.
 
-experiment = read_experiment("methods", values={"assets": "../shared/assets"}, small=True)
+experiment = read_experiment("methods", values={"assets": "ASSETS"}, small=True)
 """
 
 from __future__ import annotations
