@@ -114,6 +114,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             resumed = resumable_args(last)
             self.args.resume = str(last)
         super().check_resume(overrides)
+        if resumed and not overrides.get("save_dir") and last.parent.name == "weights":
+            self.args.save_dir = str(last.parent.parent)  # a run that was moved or copied goes on where it is
         for key in OWN_KEYS:
             if hasattr(self.args, key):
                 delattr(self.args, key)

@@ -23,8 +23,8 @@ from conftest import NAMES, REPOSITORY, draw, save_detector, tiny_yaml
 from safetensors.torch import save_file
 
 from focusdd_det.cli import main
-from focusdd_det.errors import ConfigError
-from focusdd_det.experiment import results, runner, stages
+from focusdd_det.errors import ConfigError, VerifyError
+from focusdd_det.experiment import child, results, runner, stages
 from focusdd_det.experiment.child import state_of
 from focusdd_det.experiment.distill import StockDistillation, check_distill, distill_command, stock_arguments
 from focusdd_det.experiment.preview import _Composites
@@ -516,6 +516,17 @@ def test_a_stages_process_ends_with_the_code_of_its_command(tmp_path: Path, argv
     assert process.wait(120) == code  # its standard input is still open: it ended by itself
     assert process.stdin is not None
     process.stdin.close()
+
+
+def test_a_training_that_finished_elsewhere_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train-0.json"
+    stage = {"kind": "train", "output": str(tmp_path / "run"), "marker": str(tmp_path / "train-0.done"),
+             "argv": ["detect", "train"], "resume": {}}  # fmt: skip
+    file.write_text(json.dumps(stage))
+    monkeypatch.setattr("focusdd_det.cli.dispatch", lambda argv: 0)
+    with pytest.raises(VerifyError, match="holds no finished one"):
+        child._run(file)
+    assert not (tmp_path / "train-0.done").exists()
 
 
 def test_what_a_run_folder_can_be_gone_on_with(tmp_path: Path) -> None:

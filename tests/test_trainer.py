@@ -21,6 +21,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from focusdd_det import exact_resume
 from focusdd_det.detect_cli import plan, train_overrides
 from focusdd_det.errors import ConfigError, DataError, WeightsError
+from focusdd_det.experiment.child import state_of
 from focusdd_det.replay import EpochSampler, ReplayDataset, replay_loader
 from focusdd_det.supervision import Options
 from focusdd_det.trainer import OWN_KEYS, FocusDDTrainer
@@ -217,6 +218,17 @@ def test_resume_without_our_files_says_that_it_is_not_exact(
     trainer.train()
     assert trainer.epoch == 2
     assert "will not be exactly" in caplog.text
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(killed: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in killed[0].rglob("*")}
+    run = Path(shutil.copytree(killed[0], tmp_path / "moved"))
+    trainer = FocusDDTrainer(overrides={"resume": str(run / "weights" / "last.pt")})
+    trainer.train()
+    assert Path(trainer.save_dir) == run
+    assert len(rows(run)) > len(rows(killed[0]))
+    assert state_of(run, "detect") == "finished"
+    assert {path: path.stat().st_mtime_ns for path in killed[0].rglob("*")} == before
 
 
 def test_a_finished_run_is_not_resumed(finished: Path) -> None:

@@ -41,6 +41,11 @@ def _run(file: Path) -> int:
         stage = json.loads(file.read_text(encoding="utf-8"))
         began = time.monotonic()
         code = _command(stage)
+        trained = stage["kind"] in ("train", "distill")
+        if code == 0 and trained and state_of(Path(stage["output"]), stage["argv"][0]) != "finished":
+            from focusdd_det.errors import VerifyError
+
+            raise VerifyError(f"the training ended, but {stage['output']} holds no finished one; see its log above")
         if code == 0 and stage["kind"] not in ("build", "eval"):
             from focusdd_det.detset import write_atomic
 
