@@ -131,7 +131,7 @@ def grey_entropy(picture: Image) -> float:
     Photographs have some 7; drawings, and objects on a blank ground, have few levels or one that rules.
     """
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-    counts = np.bincount(grey.ravel(), minlength=256)
+    counts = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().astype(np.float64)
     share = counts[counts > 0] / grey.size
     return abs(round(float((share * np.log2(share)).sum()), 4))  # the sum is never above 0
 

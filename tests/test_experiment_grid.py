@@ -165,6 +165,21 @@ def result(wanted: Experiment, arm: int, seed: int, per_class: dict[str, float],
     return Result(one.name, wanted.arm_sha256(one), seed, values, per_class, covered, 20, 5, 10, {}, {"torch": "2"})
 
 
+def test_a_class_that_rules_the_mean_is_named(tmp_path: Path) -> None:
+    wanted = experiment(tmp_path)
+    names = ("cat", "dog", "cow")
+
+    def text(*ap: float) -> str:
+        each = dict(zip(names, ap, strict=True))
+        return markdown(make_table(wanted, [result(wanted, arm, 0, each, names) for arm in (0, 1)], []))
+
+    assert "80 % of the mean over 3 classes is the AP of one, cow (over all results 16.0; the others 2.0" in text(
+        1, 3, 16
+    )
+    assert "is the AP of one" not in text(5, 5, 10)
+    assert "is the AP of one" not in text(0, 0, 0)
+
+
 def test_the_covered_classes_are_those_of_all_arms(tmp_path: Path) -> None:
     wanted = experiment(tmp_path)
     found = [

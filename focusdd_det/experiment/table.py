@@ -20,6 +20,7 @@ from focusdd_det.experiment.statistics import (
 )
 
 UNITS = {"covered": "mAP, covered classes", "all": "mAP, all classes", "top1": "top-1", "top5": "top-5"}
+_SEVERAL = 3  # classes, from which on one of them ruling the mean is worth a word
 RULE = (
     f"A ranking is claimed only when the paired difference exceeds {STANDARD_ERRORS:g} times its standard error, and "
     f"Student's t at {100 * CONFIDENCE:g} %, over at least {LEAST_SEEDS} seeds"
@@ -141,7 +142,7 @@ def make_table(experiment: Experiment, found: Sequence[Result], failures: Sequen
         classes,
         experiment.floor,
         tuple(rows),
-        tuple(_notes(experiment, found, rows)),
+        (*_notes(experiment, found, rows), *_ruling_class(found, classes if metric == "covered" else ())),
         tuple(failures),
     )
 
@@ -178,6 +179,23 @@ def _notes(experiment: Experiment, found: Sequence[Result], rows: Sequence[Row])
     if missing:
         notes.append(f"{missing} of {len(rows) * len(experiment.seeds)} results are not there (yet).")
     return notes
+
+
+def _ruling_class(found: Sequence[Result], classes: Sequence[str]) -> list[str]:
+    """Says so where most of a mean over several classes is the AP of one, as it is for students that learned little."""
+    total = {name: sum(result.per_class[name] for result in found) for name in classes}
+    whole = sum(total.values())
+    if len(classes) < _SEVERAL or not whole:
+        return []
+    name = max(total, key=total.__getitem__)
+    if total[name] <= whole / 2:
+        return []
+    rest = (whole - total[name]) / (len(classes) - 1) / len(found)
+    return [
+        f"{100 * total[name] / whole:.0f} % of the mean over {len(classes)} classes is the AP of one, {name} (over all "
+        f"results {total[name] / len(found):.1f}; the others {rest:.1f} in the mean): the table and its spread say more "
+        f"of {name} than of the arms. Longer training, larger pictures or other classes would say more of the arms."
+    ]
 
 
 def _range(values: Sequence[int]) -> tuple[int, int] | None:
