@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from focusdd_det.bench import build as bench_build
 from focusdd_det.bench import scaling
+from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.decode import decode, upright_jpeg
@@ -67,6 +71,15 @@ def test_without_weights_the_models_are_random_and_it_says_so(options: BenchOpti
     assert "random weights" in "".join(bench.notes)
     assert Path(bench.config.teacher).is_file()
     assert Path(str(bench.config.selector_weights)).is_file()
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it() -> None:
+    held = bytearray(os.urandom(1 << 20) * 600)
+    code = "from focusdd_det.bench.machine import peak_resident; print(peak_resident())"
+    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert len(held) > 500 << 20
+    assert child < 550
+    assert peak_resident() > 600
 
 
 def test_slopes() -> None:

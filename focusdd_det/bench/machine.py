@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,19 @@ def _version(name: str) -> str | None:
         return version(name)
     except ImportError:
         return None
+
+
+def peak_resident() -> float:
+    """The most memory that this process has held, MiB.
+
+    On Linux by VmHWM: `ru_maxrss` begins with what the process held that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / (1 << 10)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, on macOS in bytes
+    return most / (1 << 20 if sys.platform == "darwin" else 1 << 10)

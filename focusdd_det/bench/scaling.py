@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.build import _columns, _device, build
@@ -264,5 +264,4 @@ def peak() -> None:
         token_grid(config.selector, config.selector_weights, config.view)
     else:
         build(config)
-    # In KiB, on macOS in bytes.
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+    print(peak_resident())

@@ -193,8 +193,8 @@ def _ruling_class(found: Sequence[Result], classes: Sequence[str]) -> list[str]:
     rest = (whole - total[name]) / (len(classes) - 1) / len(found)
     return [
         f"{100 * total[name] / whole:.0f} % of the mean over {len(classes)} classes is the AP of one, {name} (over all "
-        f"results {total[name] / len(found):.1f}; the others {rest:.1f} in the mean): the table and its spread say more "
-        f"of {name} than of the arms. Longer training, larger pictures or other classes would say more of the arms."
+        f"results {total[name] / len(found):.1f}; the others {rest:.1f} in the mean): the table and its spread say "
+        f"more of {name} than of the arms. Longer training, larger pictures or other classes would say more of them."
     ]
 
 
