@@ -17,7 +17,7 @@ from class_data import write_class_set
 from interop_support import det_set, reseal
 from test_interop_card import the_card
 
-from focusdd_det.detset import part_path, read_manifest
+from focusdd_det.detset import part_path, read_manifest, verify
 from focusdd_det.interop.coco import ANNOTATIONS, export_coco
 from focusdd_det.interop.finished import open_set
 from focusdd_det.interop.layouts import export_ddranking, export_rethinkdc
@@ -70,6 +70,33 @@ def assert_same(found: dict[str, list[tuple[str, tuple[float, ...]]]], expected:
     for name, boxes in expected.items():
         assert [label for label, _ in found[name]] == [label for label, _ in boxes]
         np.testing.assert_allclose([box for _, box in found[name]], [box for _, box in boxes], atol=0.01)
+
+
+def test_plain_ultralytics_trains_on_a_classification_set(classes: Path, tmp_path: Path) -> None:
+    """In a folder with links to the set and to pictures to validate on, as docs/interop.md says."""
+    from ultralytics import YOLO
+
+    val = write_class_set(tmp_path / "val_set")
+    before = {path: path.read_bytes() for path in classes.rglob("*") if path.is_file()}
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "train").symlink_to(classes / "train")
+    (tmp_path / "both" / "val").symlink_to(val / "train")
+    result = YOLO("yolo11n-cls.yaml").train(
+        data=str(tmp_path / "both"), epochs=1, imgsz=32, batch=4, workers=0, device="cpu", plots=False,
+        project=str(tmp_path / "runs"),
+    )  # fmt: skip
+    assert 0 <= result.top1 <= 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert verify(classes) == []
+
+
+def test_torchvision_opens_a_classification_set(classes: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    found = ImageFolder(str(classes / "train"))
+    assert found.classes == ["n01", "n02", "n03"]
+    assert [Path(path).parent.name for path, _ in found.samples] == [found.classes[i] for i in found.targets]
+    assert len(found) == 7
 
 
 def read_supervision(dataset: Any) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
