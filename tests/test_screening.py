@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,17 @@ def log(folder: Path) -> Any:
     return json.loads((folder / "build.log.json").read_text())["screening"]
 
 
+def before_the_second_look(patch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Something happens to the sources when all were looked at once."""
+    real = screening.Screen.settle_all
+
+    def settle_all(self: Any, groups: Any, bar: Any) -> None:
+        happens()
+        real(self, groups, bar)
+
+    patch.setattr(screening.Screen, "settle_all", settle_all)
+
+
 @pytest.mark.parametrize("method", ["focusdd", "min_as", "random_as", "realism"])
 def test_a_screened_set_has_the_same_bytes(bench: Path, many: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
     keys = {"sources": [str(many)], "ipc": 1, "method": method, "batch": 10, "classes": ["disc", "square"]}
@@ -270,14 +282,12 @@ def test_a_source_that_changes_between_the_looks_is_quarantined(
         (copy / "disc" / file.name).write_bytes(file.read_bytes())
     keys = {"sources": [str(copy)], "ipc": 1, "batch": 10, "classes": ["disc"]}
     chosen = [cell.path for item in read_manifest(make(bench, tmp_path / "plain", **keys)) for cell in item.cells]
-    real = screening.Screen.settle_all
 
-    def damaged(self: Any, groups: Any, bar: Any) -> None:
+    def damage() -> None:
         (copy / chosen[0]).write_bytes(b"no picture")
         (copy / chosen[1]).write_bytes((many / chosen[2]).read_bytes())
-        real(self, groups, bar)
 
-    monkeypatch.setattr(screening.Screen, "settle_all", damaged)
+    before_the_second_look(monkeypatch, damage)
     screened = make(bench, tmp_path / "screened", screen="bf16", **keys)
     lines = [json.loads(line) for line in (screened / "quarantine.jsonl").read_text().splitlines()]
     assert {line["path"] for line in lines} == set(chosen[:2])
@@ -443,14 +453,8 @@ def test_a_disk_that_is_gone_at_the_second_look_costs_no_first_look(
     copy = tmp_path / "sources"
     shutil.copytree(many, copy)
     keys = {"sources": [str(copy)], "ipc": 1, "batch": 10, "classes": ["disc"]}
-    settle_all = screening.Screen.settle_all
-
-    def lost(self: Any, groups: Any, bar: Any) -> None:
-        copy.rename(tmp_path / "gone")
-        settle_all(self, groups, bar)
-
     with monkeypatch.context() as patch:
-        patch.setattr(screening.Screen, "settle_all", lost)
+        before_the_second_look(patch, lambda: copy.rename(tmp_path / "gone"))
         with pytest.raises(DataError, match="is gone in the middle of the build"):
             make(bench, tmp_path / "screened", screen="bf16", **keys)
     (tmp_path / "gone").rename(copy)
@@ -475,14 +479,12 @@ def test_too_many_sources_that_are_damaged_between_the_looks_end_the_build(
 ) -> None:
     copy = tmp_path / "sources"
     shutil.copytree(many, copy)
-    settle_all = screening.Screen.settle_all
 
-    def damaged(self: Any, groups: Any, bar: Any) -> None:
+    def damage() -> None:
         for file in (copy / "disc").iterdir():
             file.write_bytes(b"no picture")
-        settle_all(self, groups, bar)
 
-    monkeypatch.setattr(screening.Screen, "settle_all", damaged)
+    before_the_second_look(monkeypatch, damage)
     with pytest.raises(DataError, match="more than max_bad"):
         make(bench, tmp_path / "set", screen="bf16", sources=[str(copy)], ipc=10, batch=10, classes=["disc"])
 
