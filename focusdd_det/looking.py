@@ -27,7 +27,7 @@ from focusdd_det.sources import Located
 from focusdd_det.window_judge import WindowJudge
 from focusdd_det.windows import best_windows, least_windows, window_side
 
-_VERSION = 2  # of the scoring itself: a change of what a score means must not meet old scores
+_VERSION = 3  # of the scoring itself: a change of what a score means must not meet old scores
 _TWICE = 64  # of so many batches of a screening one is looked at in both precisions
 
 

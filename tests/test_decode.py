@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from focusdd_det.decode import BadImage, decode, upright_jpeg
+from focusdd_det.glance import view_pixels
 
 
 def scene(width: int = 160, height: int = 120) -> np.ndarray:
@@ -177,3 +178,10 @@ def test_pillows_way_and_the_short_one_give_the_same(least_side: int | None, mon
         expected = decode(data, least_side)
         assert (width, height) == expected[1:]
         assert np.array_equal(pixels, expected[0])
+
+
+def test_a_side_of_a_view_that_shrinks_is_averaged_though_the_other_grows() -> None:
+    """Columns in turn black and white, two to each of the view's: grey, however few the rows."""
+    stripes = np.zeros((40, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(view_pixels(stripes, 64, "squash").astype(int) - 128).max() <= 1
