@@ -69,12 +69,12 @@ class Bench:
     def layouts(self) -> Layouts:
         return layouts_of(self.config, self.method)
 
-    def rank(self, group: Group) -> Ranking:
-        """The ranking of a class as it is known now."""
+    def rank(self, group: Group, after: int = 0) -> Ranking:
+        """The ranking of a class as it is known now; `after`: a depth that was not enough."""
         if self.screen is not None:
-            return self.screen.rank(group)
-        found = self.store.candidates(group.name, self.config.alpha, self.method.needs_features)
-        return rank(group, *found, self.method, self.layouts, self.config)
+            return self.screen.rank(group, after)
+        blocks = self.store.blocks(group.name, self.config.alpha, self.method.needs_features)
+        return rank(group, blocks, self.method, self.layouts, self.config, after)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,12 @@ def _one_class(
     stream = ranking.proposals()
     number = 0  # of the next proposal
     while len(made) < group.ipc:
-        batch = list(islice(stream, min(group.ipc - len(made), bench.labeller.in_flight)))
+        wanted = min(group.ipc - len(made), bench.labeller.in_flight)
+        batch = list(islice(stream, wanted))
+        if len(batch) < wanted and ranking.depth:
+            ranking = bench.rank(group, ranking.depth)
+            stream = ranking.proposals(number)  # what came before is the same
+            continue
         if bench.screen and len(again := unsettled(ranking, batch)):
             bench.screen.settle(ranking.candidates.ids[again].tolist())
             ranking = bench.rank(group)
@@ -179,7 +184,7 @@ def _one_class(
         try:
             drafts = _drafts(bench, group, batch, ranking.candidates.ids, done, pool)
         except _BadSourceError as error:
-            ranking.banned.add(error.position)
+            ranking.banned[error.position] = True
             bench.store.reject(int(ranking.candidates.ids[error.position]), str(error))
             judged.add(error.source, str(error))
             stream = ranking.proposals(number)  # what came before did not use it, so it stays as it was

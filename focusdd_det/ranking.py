@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
+import numpy as np
+from numpy.typing import NDArray
+
 from focusdd_det.config import SetConfig
 from focusdd_det.layouts import Layouts
-from focusdd_det.methods import Method, check_order
+from focusdd_det.methods import Method, check_order, is_monotone
 from focusdd_det.plan import Group
-from focusdd_det.select import Candidates, Order, Proposal, proposals
+from focusdd_det.select import Candidates, Order, Proposal, joined, proposals
+from focusdd_det.shortlist import shortlist
 
 _REUSE_LIMIT = 20  # proposals per composite wanted, before `short_class: reuse` gives a class up
+_DEPTH = 1 << 12  # sources of a class that are ranked at least
+_SPARE = 4  # times as many as the composites take: some are near duplicates, unusable, or make empty composites
 
 
 @dataclass(frozen=True)
@@ -21,16 +27,18 @@ class Ranking:
 
     Attributes:
         order, backgrounds: positions in the candidates, first choice first.
-        banned: positions that turned out to be unusable; more may be added.
+        banned: [n] candidates that are not to be chosen; more may be added.
+        depth: the orders end after so many, although there are more sources; 0: they are all there.
     """
 
     group: Group
     candidates: Candidates
     order: Order
     backgrounds: Order
-    banned: set[int]
+    banned: NDArray[np.bool_]
     layouts: Layouts
     config: SetConfig
+    depth: int = 0
 
     @property
     def reserved(self) -> int:
@@ -38,15 +46,15 @@ class Ranking:
         return self.layouts.keys(self.group.name, self.group.ipc) if self.config.selection == "paper" else 0
 
     def proposals(self, start: int = 0) -> Iterator[Proposal]:
-        """The composites from number `start` on, until the sources run out."""
-        reuse = self.config.short_class == "reuse"
+        """The composites from number `start` on, until the sources run out; with a `depth` only the orders did."""
+        reuse = self.config.short_class == "reuse" and not self.depth
         every = proposals(
             self.order,
             self.backgrounds,
             self.candidates.phash,
             lambda number: self.layouts.of(self.group.name, number),
             self.config.near_duplicate,
-            self.banned | self.candidates.blank(self.config.least_entropy),
+            self.banned,
             self.reserved,
             reuse,
         )
@@ -54,15 +62,33 @@ class Ranking:
 
 
 def rank(
-    group: Group, candidates: Candidates, banned: set[int], method: Method, layouts: Layouts, config: SetConfig
+    group: Group, blocks: Iterable[Candidates], method: Method, layouts: Layouts, config: SetConfig, after: int = 0
 ) -> Ranking:
     """The ranking of a class, as its method makes it.
+
+    Args:
+        blocks: its sources (scores.ScoreStore.blocks).
+        after: the depth of a ranking that was not deep enough.
 
     Raises:
         ConfigError: the method gives something that is no order.
     """
-    n = len(candidates)
-    order = check_order(method.order(candidates, config, group.name), n, config.method, "order")
-    backgrounds = check_order(method.backgrounds(candidates, config, group.name), n, config.method, "backgrounds")
+
+    def orders(candidates: Candidates) -> tuple[Order, Order]:
+        n = len(candidates)
+        order = check_order(method.order(candidates, config, group.name), n, config.method, "order")
+        backgrounds = check_order(method.backgrounds(candidates, config, group.name), n, config.method, "backgrounds")
+        return order, backgrounds
+
+    depth = 0
+    if is_monotone(method):
+        depth = max(_DEPTH, _SPARE * layouts.sources(group.name, group.ipc), _SPARE * after)
+        candidates, whole = shortlist(blocks, orders, depth)
+        depth = 0 if whole else depth
+    else:
+        candidates = joined(blocks)
+    order, backgrounds = orders(candidates)
+    if depth:
+        order, backgrounds = order[:depth], backgrounds[:depth]
     slim = replace(candidates, features=None)  # classes that are in work together need not hold them
-    return Ranking(group, slim, order, backgrounds, banned, layouts, config)
+    return Ranking(group, slim, order, backgrounds, candidates.barred(config.least_entropy), layouts, config, depth)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +37,7 @@ _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
     "p", "share", "win_row", "win_col", "phash", "bad", "feature", "entropy",
 )  # fmt: skip
-_BLOCK = 1 << 13  # sources whose realism scores are computed at a time
+BLOCK = 1 << 12  # sources of a class that are read at a time
 
 
 @dataclass(frozen=True)
@@ -210,75 +209,79 @@ class ScoreStore:
         with self._told():
             self.db.commit()
 
-    def candidates(
+    def blocks(
         self, group: str, alpha: float, features: bool = False, first_look: FirstLook | None = None
-    ) -> tuple[Candidates, set[int]]:
-        """The sources of a class in this run; of files with equal content one counts, by the least name.
+    ) -> Iterator[Candidates]:
+        """The sources of a class in this run, by rising sha256, some thousand at a time and at least one block.
+
+        Of files with equal content one counts, by the least name.
 
         Args:
             features: also read the ViT's features: 2 d bytes a source of the class.
             first_look: of a screening; sources that were not looked at again get the best p and share that they can
                 have.
-
-        Returns:
-            The candidates; and the positions of those that could be looked at but turned out to be unusable later.
-            They keep their place, so that a build that goes on ranks as the one did that found out.
         """
-        # Typed columns, filled row by row: the rows of a large class never lie in memory as Python tuples.
-        ids, phash, folder = array("q"), array("q"), array("i")
-        p, share, entropy, once = array("d"), array("d"), array("d"), array("b")
-        sha, vectors = bytearray(), bytearray()
-        names: dict[str, int] = {}
-        unusable: set[int] = set()
+        folders: dict[str, int] = {}
+        width = None
         with self._told():
-            for row in self.db.execute(
+            found = self.db.execute(
                 "SELECT rowid, sha, folder, p, share, phash, bad, MIN(root || char(31) || path), sig, entropy"
                 f"{', feature' if features else ''} FROM source "
                 "WHERE run = ? AND grp = ? AND length(sha) = 32 GROUP BY sha ORDER BY sha",
                 (self.run, group),
-            ):
-                if row[6] is not None:
-                    unusable.add(len(ids))
-                ids.append(row[0])
-                sha += row[1]
-                folder.append(names.setdefault(row[2], len(names)))
-                p.append(round(row[3], 4))
-                share.append(row[4])
-                phash.append(row[5])
-                once.append(first_look is not None and row[8] == first_look.signature)
-                entropy.append(np.nan if row[9] is None else row[9])
-                if features:
-                    vectors += row[10] or b""
-        # The arrays are those columns themselves: a copy of each would double what a large class takes.
-        confidence, shares = np.frombuffer(p, np.float64), np.frombuffer(share, np.float64)
-        looked_once = np.frombuffer(once, np.bool_)
-        score = np.empty(len(ids), np.int64)
-        for start in range(0, len(ids), _BLOCK):
-            part = slice(start, start + _BLOCK)
-            if first_look is not None:
-                best = optimistic(confidence[part], shares[part], first_look.deviation)
-                for own, most in zip((confidence[part], shares[part]), best, strict=True):
-                    np.copyto(own, most, where=looked_once[part])
-            score[part] = realism(confidence[part], shares[part], alpha)
-        table = Candidates(
-            ids=np.frombuffer(ids, np.int64),
-            sha=np.frombuffer(sha, np.uint8).reshape(len(ids), 32),
-            folder=np.frombuffer(folder, np.int32),
-            p=confidence,
-            score=score,
-            phash=np.frombuffer(phash, np.uint64),
-            once=looked_once if first_look is not None else None,
-            features=self._vectors(vectors, len(ids)) if features else None,
-            entropy=np.frombuffer(entropy, np.float64),
-        )
-        return table, unusable
+            )
+            rows = found.fetchmany(BLOCK)
+            while True:
+                block = self._block(rows, folders, alpha, features, first_look)
+                width = block.features.shape[1] if width is None and block.features is not None else width
+                if block.features is not None and block.features.shape[1] != width:
+                    raise self._damaged_features()
+                yield block
+                if not (rows := found.fetchmany(BLOCK)):
+                    return
 
-    def _vectors(self, data: bytearray, count: int) -> NDArray[np.float16]:
+    def _block(
+        self,
+        rows: Sequence[tuple[Any, ...]],
+        folders: dict[str, int],
+        alpha: float,
+        features: bool,
+        first_look: FirstLook | None,
+    ) -> Candidates:
+        ids, sha, folder, p, share, phash, bad, _, signature, entropy, *vectors = (
+            zip(*rows, strict=True) if rows else ([()] * 11)
+        )
+        confidence, shares = np.array([round(each, 4) for each in p], np.float64), np.array(share, np.float64)
+        unusable = np.array([reason is not None for reason in bad], np.bool_)
+        once = None
+        if first_look is not None:
+            once = ~unusable & np.array([each == first_look.signature for each in signature], np.bool_)
+            for own, most in zip(
+                (confidence, shares), optimistic(confidence, shares, first_look.deviation), strict=True
+            ):
+                np.copyto(own, most, where=once)
+        return Candidates(
+            ids=np.array(ids, np.int64),
+            sha=np.frombuffer(b"".join(sha), np.uint8).reshape(len(ids), 32),
+            folder=np.array([folders.setdefault(name, len(folders)) for name in folder], np.int32),
+            p=confidence,
+            score=realism(confidence, shares, alpha),
+            phash=np.array(phash, np.int64).view(np.uint64),
+            once=once,
+            features=self._vectors(b"".join(each or b"" for each in vectors[0]), len(ids)) if features else None,
+            entropy=np.array([np.nan if each is None else each for each in entropy], np.float64),
+            unusable=unusable,
+        )
+
+    def _vectors(self, data: bytes, count: int) -> NDArray[np.float16]:
         """[count, d] float16, never NaN."""
-        values = np.frombuffer(memoryview(data)[: len(data) // 2 * 2], np.float16)
+        values = np.frombuffer(data[: len(data) // 2 * 2], np.float16)
         if (count and (not len(values) or len(values) % count)) or not np.isfinite(values).all():
-            raise DiskError(f"{self.path} is damaged: its features are not one vector a source; remove it")
+            raise self._damaged_features()
         return values.reshape(count, -1) if count else values.reshape(0, 1)
+
+    def _damaged_features(self) -> DiskError:
+        return DiskError(f"{self.path} is damaged: its features are not one vector a source; remove it")
 
     def row(self, rowid: int) -> Row:
         """One source by its id."""

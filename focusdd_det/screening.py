@@ -26,7 +26,7 @@ from focusdd_det.deviations import deviation
 from focusdd_det.glance import Glance, Known
 from focusdd_det.layouts import Layouts
 from focusdd_det.looking import Looker, Seen
-from focusdd_det.methods import Method
+from focusdd_det.methods import Method, is_monotone
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
 from focusdd_det.scores import FirstLook, Row, ScoreStore
@@ -56,8 +56,7 @@ def screen_precision(config: SetConfig, method: Method, plan: Plan, device: str)
 
 def screens(method: Method) -> bool:
     """Whether what a method chooses can be told from a first look in low precision (methods.monotone)."""
-    both = (method.order, method.backgrounds)
-    return method.needs_selector and not method.needs_features and all(getattr(f, "monotone", False) for f in both)
+    return method.needs_selector and is_monotone(method)
 
 
 @dataclass
@@ -102,13 +101,12 @@ class Screen:
         roots = {root.name: root for root in plan.roots}
         return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
 
-    def rank(self, group: Group) -> Ranking:
-        """The ranking of a class in which sources that were looked at once have the best p and score that they can."""
+    def rank(self, group: Group, after: int = 0) -> Ranking:
+        """The ranking of a class in which sources that were looked at once have the best p and score that they can;
+        `after`: a depth that was not enough."""
         first_look = FirstLook(self.first.signatures[group.name], self.store.deviation(self.first.sight))
-        candidates, banned = self.store.candidates(group.name, self.config.alpha, first_look=first_look)
-        assert candidates.once is not None
-        candidates.once[list(banned)] = False  # there is nothing to look at again
-        return rank(group, candidates, banned, self.method, self.layouts, self.config)
+        blocks = self.store.blocks(group.name, self.config.alpha, first_look=first_look)
+        return rank(group, blocks, self.method, self.layouts, self.config, after)
 
     def settle_all(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at what the composites of all classes need, as far as it can be told before the teacher looks; in
@@ -122,14 +120,23 @@ class Screen:
             ids: list[int] = []
             more = []
             for group in groups:
-                ranking = self.rank(group)
-                again = unsettled(ranking, islice(ranking.proposals(), group.ipc + math.ceil(group.ipc / 20)))
+                ranking, first = self._first(group, group.ipc + math.ceil(group.ipc / 20))
+                again = unsettled(ranking, first)
                 if len(again):
                     ids += ranking.candidates.ids[again].tolist()
                     more.append(group)
             groups = more
             bar.total += len(ids)
             self.settle(ids, bar.update)
+
+    def _first(self, group: Group, composites: int) -> tuple[Ranking, list[Proposal]]:
+        """The first composites of a class, fewer where the sources run out, and a ranking as deep as that takes."""
+        ranking = self.rank(group)
+        while True:
+            found = list(islice(ranking.proposals(), composites))
+            if len(found) == composites or not ranking.depth:
+                return ranking, found
+            ranking = self.rank(group, ranking.depth)
 
     def _learn(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at a batch from all classes where the first look comes from earlier builds, in which nothing was

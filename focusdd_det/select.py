@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ Order = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Candidates:
-    """The usable sources of one class, as columns of equal length n.
+    """Sources of one class, as columns of equal length n.
 
     Attributes:
         ids: [n] int64, rows of the score store.
@@ -35,6 +36,8 @@ class Candidates:
         once: [n] bool, of a screening: looked at once, so p and score are the best that the source can have, not what
             it has.
         entropy: [n] float64, of the view's grey levels, bits; NaN where nobody looked.
+        unusable: [n] bool, fine as a view, but not as a whole. They keep their place, so that a build that goes on
+            ranks as the one did that found out.
     """
 
     ids: Order
@@ -46,6 +49,7 @@ class Candidates:
     features: NDArray[np.float16] | None = None
     once: NDArray[np.bool_] | None = None
     entropy: NDArray[np.float64] | None = None
+    unusable: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)
@@ -60,11 +64,27 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def blank(self, least_entropy: float) -> frozenset[int]:
-        """Positions of sources whose grey levels have less entropy, in bits: clip art, cut-outs on a blank ground."""
-        if self.entropy is None:
-            return frozenset()
-        return frozenset(np.flatnonzero(self.entropy < least_entropy).tolist())
+    def barred(self, least_entropy: float) -> NDArray[np.bool_]:
+        """[n] not to be chosen: unusable, or of less entropy, in bits (clip art, cut-outs on a blank ground)."""
+        barred = np.zeros(len(self), np.bool_) if self.unusable is None else self.unusable.copy()
+        return barred if self.entropy is None else barred | (self.entropy < least_entropy)
+
+    def at(self, positions: Order) -> Candidates:
+        """Some of them, copied."""
+        columns: dict[str, Any] = {n: None if column is None else column[positions] for n, column in vars(self).items()}
+        return Candidates(**columns)
+
+
+def joined(blocks: Iterable[Candidates]) -> Candidates:
+    """Blocks of one class as one table, column by column: for a moment one column is there twice, and not all."""
+    parts: list[dict[str, Any]] = [dict(vars(block)) for block in blocks]
+    if len(parts) == 1:
+        return Candidates(**parts[0])
+    columns: dict[str, Any] = {}
+    for field in fields(Candidates):
+        column = [part.pop(field.name) for part in parts]
+        columns[field.name] = None if column[0] is None else np.concatenate(column)
+    return Candidates(**columns)
 
 
 def ranked(candidates: Candidates, key: Order, stratify: bool) -> Order:
@@ -110,7 +130,7 @@ def proposals(
     phash: NDArray[np.uint64],
     layout: Callable[[int], Layout],
     near: int = 0,
-    banned: Collection[int] = (),
+    banned: NDArray[np.bool_] | None = None,
     reserved: int = 0,
     reuse: bool = False,
 ) -> Iterator[Proposal]:
@@ -122,19 +142,20 @@ def proposals(
         phash: [n] difference hashes by position.
         layout: number of a composite -> how many of each it takes.
         near: a source whose hash differs in at most this many bits from a chosen one is passed over for good; 0: off.
-        banned: positions that turned out to be unusable, or are not wanted.
+        banned: [n] those that turned out to be unusable, or are not wanted.
         reserved: the first so many of `order` never become backgrounds (`selection: paper`).
         reuse: start again when the sources run out (`short_class: reuse`), each time one source further on, so that
             the same sources meet in other groups.
     """
-    banned = frozenset(banned)
-    kept_back = {int(i) for i in order[:reserved]}
+    no_key = np.zeros(len(phash), np.bool_) if banned is None else banned.copy()
+    no_background = no_key.copy()
+    no_background[order[:reserved]] = True
     number = 0
     for turn in itertools.count():
         used: set[int] = set()
         chosen = _Chosen(phash, near)
-        key_stream = _unused(np.roll(order, -turn), used, banned, chosen)
-        background_stream = _unused(np.roll(backgrounds, -turn), used, banned | kept_back, chosen)
+        key_stream = _unused(np.roll(order, -turn), used, no_key, chosen)
+        background_stream = _unused(np.roll(backgrounds, -turn), used, no_background, chosen)
         first = number
         while True:
             shape = layout(number)
@@ -166,9 +187,9 @@ class _Chosen:
         return bool((np.bitwise_count(differing) <= self.near).any())
 
 
-def _unused(order: Order, used: set[int], banned: frozenset[int], chosen: _Chosen) -> Iterator[int]:
+def _unused(order: Order, used: set[int], banned: NDArray[np.bool_], chosen: _Chosen) -> Iterator[int]:
     for position in map(int, order):
-        if position not in used and position not in banned and not chosen.has_like(position):
+        if position not in used and not banned[position] and not chosen.has_like(position):
             yield position
 
 

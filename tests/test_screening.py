@@ -137,7 +137,7 @@ class World:
             ids=np.arange(len(p)), sha=self.sha, folder=self.folder, p=p,
             score=realism(p, share, self.config.alpha), phash=self.phash, once=once,
         )  # fmt: skip
-        return rank(self.group, table, set(), METHODS[self.config.method], self.layouts, self.config)
+        return rank(self.group, [table], METHODS[self.config.method], self.layouts, self.config)
 
     def chosen(self) -> list[Any]:
         """The composites as a build makes them: a few at a time, looking again where it has to."""

@@ -111,16 +111,21 @@ def test_the_papers_order_takes_all_key_patches_first() -> None:
 def test_a_banned_source_changes_only_what_comes_from_it_on() -> None:
     order, phash = np.arange(16), np.arange(16).astype(np.uint64)
     whole = list(proposals(order, order[::-1], phash, three_and_one))
-    without = list(proposals(order, order[::-1], phash, three_and_one, banned={4}))
+    without = list(proposals(order, order[::-1], phash, three_and_one, banned=order == 4))
     assert without[0] == whole[0]
     assert whole[1].keys == (3, 4, 5)
     assert without[1].keys == (3, 5, 6)
 
 
-def test_sources_of_little_entropy_are_known_by_their_place() -> None:
+def test_unusable_sources_and_those_of_little_entropy_are_barred() -> None:
     c = dataclasses.replace(candidates([1, 2, 3, 4, 5]), entropy=np.array([3.1999, 3.2, np.nan, 0.0, 7.5]))
-    assert c.blank(3.2) == {0, 3}
-    assert c.blank(0) == dataclasses.replace(c, entropy=None).blank(3.2) == set()
+    assert np.flatnonzero(c.barred(3.2)).tolist() == [0, 3]
+    assert not c.barred(0).any()
+    assert not dataclasses.replace(c, entropy=None).barred(3.2).any()
+    damaged = dataclasses.replace(c, unusable=np.arange(5) == 4)
+    assert np.flatnonzero(damaged.barred(3.2)).tolist() == [0, 3, 4]
+    damaged.barred(0)[0] = True  # a table of its own
+    assert np.flatnonzero(damaged.barred(0)).tolist() == [4]
     with pytest.raises(ValueError, match=r"entropy \[5\]"):
         dataclasses.replace(c, entropy=np.zeros(4))
 

@@ -36,7 +36,7 @@ from focusdd_det.plan import Plan, make_plan
 from focusdd_det.progress import progress_bar
 from focusdd_det.scores import ScoreStore
 from focusdd_det.screening import WORTH, Screen
-from focusdd_det.select import Candidates, proposals
+from focusdd_det.select import Candidates, joined, proposals
 from focusdd_det.selector import Selector, in_precision, load_selector, precision_of
 from focusdd_det.sources import Located
 from focusdd_det.teacher import load_detector
@@ -279,7 +279,7 @@ class _Scene:
         """The candidates of the build's last scoring by class."""
         store = ScoreStore(self._file())
         store.run -= 1  # those of the run that filled it
-        found = {group.name: store.candidates(group.name, self.config.alpha)[0] for group in self.plan.groups}
+        found = {group.name: joined(store.blocks(group.name, self.config.alpha)) for group in self.plan.groups}
         store.close()
         return found
 

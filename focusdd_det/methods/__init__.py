@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from focusdd_det.errors import ConfigError
-from focusdd_det.methods.base import Base, Method, check_order, monotone, shuffled
+from focusdd_det.methods.base import Base, Method, check_order, is_monotone, monotone, shuffled
 from focusdd_det.methods.baselines import REALISM_LEAST, RandomCrops, Realism, Whole
 from focusdd_det.methods.coresets import Herding, KMeans, by_clusters, by_herding
 from focusdd_det.methods.focus import FocusDD, LeastAttention, RandomAttention
@@ -33,6 +33,7 @@ __all__ = [
     "by_clusters",
     "by_herding",
     "check_order",
+    "is_monotone",
     "monotone",
     "register",
     "shuffled",

@@ -18,12 +18,23 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def monotone(order: T) -> T:
-    """Marks an `order` or `backgrounds` in which, when the p or score of one source falls and nothing else changes,
-    that source comes no sooner and those that came before it keep their places. A method of which both are can be
-    screened: sources that cannot come to the front, however good the second look, are looked at in low precision alone
-    (screening.py). Whoever overrides one says so again, or is not screened."""
+    """Marks an `order` or `backgrounds` for which two things hold:
+
+    - When the p or score of one source falls and nothing else changes, that source comes no sooner and those that came
+      before it keep their places.
+    - When one source is left out, those that came before it keep their places and no other comes later.
+
+    Of a method of which both are so marked, only the sources are kept that can come to the front (shortlist.py), and
+    those that cannot, however good a second look, are looked at in low precision alone (screening.py). Whoever
+    overrides one says so again, or all sources of a class are held in memory and looked at in full."""
     order.monotone = True  # type: ignore[attr-defined]
     return order
+
+
+def is_monotone(method: Method) -> bool:
+    """Whether `monotone` holds for both orders of a method."""
+    both = (method.order, method.backgrounds)
+    return not method.needs_features and all(getattr(order, "monotone", False) for order in both)
 
 
 class Method(Protocol):

@@ -20,6 +20,7 @@ REALISM_LEAST = 0.08  # least area of a crop, as a share of the largest
 class RandomCrops(Base):
     """Any source, any place: crops as large as FocusDD's, four to a composite. The baseline of every comparison."""
 
+    @monotone
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return shuffled(candidates, config, group)
 
@@ -65,6 +66,7 @@ class Whole(Base):
     def adapt(self, config: SetConfig) -> SetConfig:
         return dataclasses.replace(config, grid=1, n_key=0, grids=())
 
+    @monotone
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return shuffled(candidates, config, group)
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focusdd_det.config import SetConfig
+from focusdd_det.methods.base import monotone
 from focusdd_det.methods.focus import FocusDD
 from focusdd_det.select import Candidates, Order, ranked
 from focusdd_det.types import Detections
@@ -25,6 +26,7 @@ class TeacherWindows(FocusDD):
     def judge(self, found: Detections, own: int, windows: NDArray[np.float64]) -> NDArray[np.float64]:
         return window_scores(found, own, windows)
 
+    @monotone
     def order(self, candidates: Candidates, config: SetConfig, group: str) -> Order:
         return ranked(candidates, np.floor(candidates.p * 1e4 + 0.5).astype(np.int64), config.stratify)
 

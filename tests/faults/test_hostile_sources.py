@@ -263,7 +263,7 @@ def test_the_source_folder_disappears_in_the_middle(
 ) -> None:
     """An unmounted disk is no reason to quarantine everything on it; brought back, the build goes on."""
     sources = shutil.copytree(workshop.sources, tmp_path / "sources")
-    real = focusdd_det.scores.ScoreStore.candidates
+    real = focusdd_det.scores.ScoreStore.blocks
 
     def unmount(*args: object) -> object:
         if (sources / "star").is_dir() and args[1] == "étoile bleue":
@@ -271,7 +271,7 @@ def test_the_source_folder_disappears_in_the_middle(
         return real(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(focusdd_det.scores.ScoreStore, "candidates", unmount)
+        patch.setattr(focusdd_det.scores.ScoreStore, "blocks", unmount)
         with pytest.raises(DataError, match="is the disk still there"):
             workshop.build(tmp_path / "set", sources=[str(sources)])
     (tmp_path / "unmounted").rename(sources / "star")
