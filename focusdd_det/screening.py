@@ -10,6 +10,7 @@ price of low precision for most. It rests on no first look being further off tha
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ from focusdd_det.select import Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
 
+log = logging.getLogger("focusdd")
+
 WORTH = 6  # sources for each one that is wanted, from which on a screening pays
 _LEAST = 2000  # sources from which on it does: some batches are looked at in both precisions, and some are not full
 _FEW_BATCHES = 8  # fewer are decoded by threads
@@ -47,7 +50,14 @@ def screen_precision(config: SetConfig, method: Method, plan: Plan, device: str)
     than are wanted.
     """
     fast = precision_of("auto", device) if config.screen == "auto" else config.screen
-    if config.precision != "fp32" or fast in ("off", "fp32") or not screens(method):
+    possible = config.precision == "fp32" and screens(method)
+    if config.screen in ("bf16", "fp16") and not possible:
+        log.warning(
+            "screen=%s does nothing here: it takes precision=fp32 and a method whose order allows it, and this is "
+            "precision=%s with method=%s",
+            config.screen, config.precision, config.method,
+        )  # fmt: skip
+    if not possible or fast in ("off", "fp32"):
         return None
     wanted = sum(group.ipc for group in plan.groups) * max(config.grid, *(config.grids or (1,))) ** 2
     worth = plan.sources >= max(_LEAST, WORTH * wanted)

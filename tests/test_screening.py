@@ -109,6 +109,21 @@ def test_auto_screens_where_it_pays(bench: Path, tmp_path: Path, monkeypatch: py
     assert found(ipc=1, classes=["disc"], grid=1, n_key=1) is None
 
 
+@pytest.mark.parametrize("more", [{"method": "herding"}, {"method": "random"}, {"precision": "bf16"}])
+def test_a_screening_that_cannot_be_is_said(
+    bench: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    more: dict[str, str],
+) -> None:
+    for screen, said in (("auto", 0), ("bf16", 1)):
+        config = load_config(**options(bench, tmp_path / "set", screen=screen, **more))
+        caplog.clear()
+        with caplog.at_level("WARNING", "focusdd"):
+            assert screen_precision(config, METHODS[config.method], make_plan(config), "cpu") is None
+        assert sum("screen=bf16 does nothing here" in line for line in caplog.messages) == said
+
+
 # ---- what is chosen, without a ViT ----
 
 
