@@ -17,7 +17,7 @@ from focusdd_det.select import Candidates, Order, Proposal, joined, proposals
 from focusdd_det.shortlist import shortlist
 
 _REUSE_LIMIT = 20  # proposals per composite wanted, before `short_class: reuse` gives a class up
-_DEPTH = 1 << 12  # sources of a class that are ranked at least
+_DEPTH = 1 << 10  # sources of a class that are ranked at least
 _SPARE = 4  # times as many as the composites take: some are near duplicates, unusable, or make empty composites
 
 
