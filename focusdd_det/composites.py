@@ -69,12 +69,12 @@ class Bench:
     def layouts(self) -> Layouts:
         return layouts_of(self.config, self.method)
 
-    def rank(self, group: Group, after: int = 0) -> Ranking:
-        """The ranking of a class as it is known now; `after`: a depth that was not enough."""
+    def rank(self, group: Group, reach: int = 0) -> Ranking:
+        """The ranking of a class as it is known now, of at least so many sources."""
         if self.screen is not None:
-            return self.screen.rank(group, after)
+            return self.screen.rank(group, reach)
         blocks = self.store.blocks(group.name, self.config.alpha, self.method.needs_features)
-        return rank(group, blocks, self.method, self.layouts, self.config, after)
+        return rank(group, blocks, self.method, self.layouts, self.config, reach)
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def _one_class(
         wanted = min(group.ipc - len(made), bench.labeller.in_flight)
         batch = list(islice(stream, wanted))
         if len(batch) < wanted and ranking.depth:
-            ranking = bench.rank(group, ranking.depth)
+            ranking = bench.rank(group, ranking.deeper)
             stream = ranking.proposals(number)  # what came before is the same
             continue
         if bench.screen and len(again := unsettled(ranking, batch)):
             bench.screen.settle(ranking.candidates.ids[again].tolist())
-            ranking = bench.rank(group)
+            ranking = bench.rank(group, ranking.reach)
             stream = ranking.proposals(number)  # what came before was settled; if a bound grew, see compose_all
             continue
         if not batch:

@@ -41,13 +41,23 @@ class Ranking:
     depth: int = 0
 
     @property
+    def reach(self) -> int:
+        """So many sources are ranked."""
+        return self.depth or len(self.candidates)
+
+    @property
+    def deeper(self) -> int:
+        """So many are to be ranked where these were not enough."""
+        return _SPARE * self.depth
+
+    @property
     def reserved(self) -> int:
         """So many of `order` never become backgrounds."""
         return self.layouts.keys(self.group.name, self.group.ipc) if self.config.selection == "paper" else 0
 
     def proposals(self, start: int = 0) -> Iterator[Proposal]:
         """The composites from number `start` on, until the sources run out; with a `depth` only the orders did."""
-        reuse = self.config.short_class == "reuse" and not self.depth
+        reuse = self.config.short_class == "reuse"
         every = proposals(
             self.order,
             self.backgrounds,
@@ -56,19 +66,20 @@ class Ranking:
             self.config.near_duplicate,
             self.banned,
             self.reserved,
-            reuse,
+            reuse and not self.depth,
         )
         return islice(every, start, _REUSE_LIMIT * self.group.ipc if reuse else None)
 
 
 def rank(
-    group: Group, blocks: Iterable[Candidates], method: Method, layouts: Layouts, config: SetConfig, after: int = 0
+    group: Group, blocks: Iterable[Candidates], method: Method, layouts: Layouts, config: SetConfig, reach: int = 0
 ) -> Ranking:
     """The ranking of a class, as its method makes it.
 
     Args:
         blocks: its sources (scores.ScoreStore.blocks).
-        after: the depth of a ranking that was not deep enough.
+        reach: so many of them are ranked at least; unless the method compares them all, few more than the composites
+            take.
 
     Raises:
         ConfigError: the method gives something that is no order.
@@ -82,7 +93,7 @@ def rank(
 
     depth = 0
     if is_monotone(method):
-        depth = max(_DEPTH, _SPARE * layouts.sources(group.name, group.ipc), _SPARE * after)
+        depth = max(_DEPTH, _SPARE * layouts.sources(group.name, group.ipc), reach)
         candidates, whole = shortlist(blocks, orders, depth)
         depth = 0 if whole else depth
     else:

@@ -31,7 +31,7 @@ from focusdd_det.methods import Method, is_monotone
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
 from focusdd_det.scores import FirstLook, Row, ScoreStore
-from focusdd_det.select import Order, Proposal
+from focusdd_det.select import Candidates, Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
 
@@ -111,12 +111,14 @@ class Screen:
         roots = {root.name: root for root in plan.roots}
         return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
 
-    def rank(self, group: Group, after: int = 0) -> Ranking:
-        """The ranking of a class in which sources that were looked at once have the best p and score that they can;
-        `after`: a depth that was not enough."""
+    def blocks(self, group: Group) -> Iterator[Candidates]:
+        """The sources of a class; those that were looked at once have the best p and score that they can."""
         first_look = FirstLook(self.first.signatures[group.name], self.store.deviation(self.first.sight))
-        blocks = self.store.blocks(group.name, self.config.alpha, first_look=first_look)
-        return rank(group, blocks, self.method, self.layouts, self.config, after)
+        return self.store.blocks(group.name, self.config.alpha, first_look=first_look)
+
+    def rank(self, group: Group, reach: int = 0) -> Ranking:
+        """Their ranking, of at least so many."""
+        return rank(group, self.blocks(group), self.method, self.layouts, self.config, reach)
 
     def settle_all(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at what the composites of all classes need, as far as it can be told before the teacher looks; in
@@ -126,11 +128,14 @@ class Screen:
             DataError: more sources than `max_bad` allows cannot be read a second time, or their folder is gone.
         """
         self._learn(groups, bar)
+        reach: dict[str, int] = {}
         while groups:
             ids: list[int] = []
             more = []
             for group in groups:
-                ranking, first = self._first(group, group.ipc + math.ceil(group.ipc / 20))
+                wanted = group.ipc + math.ceil(group.ipc / 20)
+                ranking, first = self._first(group, wanted, reach.get(group.name, 0))
+                reach[group.name] = ranking.reach
                 again = unsettled(ranking, first)
                 if len(again):
                     ids += ranking.candidates.ids[again].tolist()
@@ -139,25 +144,25 @@ class Screen:
             bar.total += len(ids)
             self.settle(ids, bar.update)
 
-    def _first(self, group: Group, composites: int) -> tuple[Ranking, list[Proposal]]:
+    def _first(self, group: Group, composites: int, reach: int) -> tuple[Ranking, list[Proposal]]:
         """The first composites of a class, fewer where the sources run out, and a ranking as deep as that takes."""
-        ranking = self.rank(group)
+        ranking = self.rank(group, reach)
         while True:
             found = list(islice(ranking.proposals(), composites))
             if len(found) == composites or not ranking.depth:
                 return ranking, found
-            ranking = self.rank(group, ranking.depth)
+            ranking = self.rank(group, ranking.deeper)
 
     def _learn(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at a batch from all classes where the first look comes from earlier builds, in which nothing was
         looked at twice: the deviation is learned before anything is left to it."""
         if self.store.deviation(self.first.sight).sources >= self.config.batch:
             return
+        each = -(-self.config.batch // len(groups))
         ids: list[int] = []
         for group in groups:
-            candidates = self.rank(group).candidates
-            assert candidates.once is not None
-            ids += candidates.ids[candidates.once][: -(-self.config.batch // len(groups))].tolist()
+            once = (i for block in self.blocks(group) for i in block.ids[block.once].tolist())
+            ids += islice(once, each)  # by content hash: any sources, not those with the best scores
         bar.total += len(ids)
         self.settle(ids, bar.update)
 

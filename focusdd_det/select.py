@@ -76,15 +76,26 @@ class Candidates:
 
 
 def joined(blocks: Iterable[Candidates]) -> Candidates:
-    """Blocks of one class as one table, column by column: for a moment one column is there twice, and not all."""
+    """Blocks of one class as one table. They are freed on the way: a large class is not in memory twice."""
     parts: list[dict[str, Any]] = [dict(vars(block)) for block in blocks]
     if len(parts) == 1:
         return Candidates(**parts[0])
     columns: dict[str, Any] = {}
     for field in fields(Candidates):
         column = [part.pop(field.name) for part in parts]
-        columns[field.name] = None if column[0] is None else np.concatenate(column)
+        columns[field.name] = None if column[0] is None else _stacked(column)
     return Candidates(**columns)
+
+
+def _stacked(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """As np.concatenate; empties the list."""
+    whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    end = len(whole)
+    while parts:
+        part = parts.pop()
+        whole[end - len(part) : end] = part
+        end -= len(part)
+    return whole
 
 
 def ranked(candidates: Candidates, key: Order, stratify: bool) -> Order:

@@ -24,14 +24,26 @@ def shortlist(
         depth: at least 1.
 
     Returns:
-        The table, at most `depth` sources an order and a block long while it is made; and whether it holds all sources.
+        At most `depth` sources an order (while the list is made, twice that, `depth` and a block), in the order of the
+        blocks; and whether these are all sources.
     """
-    kept, whole = None, True
+    kept: list[Candidates] = []
+    size = last = 0
+    whole = True
+
+    def shorten() -> None:
+        nonlocal size, last, whole
+        kept[:] = [joined(kept)]
+        if size > depth:
+            first = np.unique(np.concatenate([order[:depth] for order in orders(kept[0])]))
+            whole = whole and len(first) == size
+            kept[:] = [kept[0].at(first)]
+        size = last = len(kept[0])
+
     for block in blocks:
-        kept = block if kept is None else joined([kept, block])
-        if len(kept) > depth:
-            first = np.unique(np.concatenate([order[:depth] for order in orders(kept)]))
-            whole = whole and len(first) == len(kept)
-            kept = kept.at(first)  # by rising position, so in the order of the blocks
-    assert kept is not None, "no block"
-    return kept, whole
+        kept.append(block)
+        size += len(block)
+        if size >= 2 * last + depth:  # seldom enough that each source is ranked a few times on average
+            shorten()
+    shorten()
+    return kept[0], whole

@@ -14,6 +14,7 @@ from test_screening import many  # noqa: F401
 
 from focusdd_det import composites, ranking, scores
 from focusdd_det.build import load_config
+from focusdd_det.errors import DiskError
 from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, FocusDD, is_monotone
 from focusdd_det.plan import Group
@@ -86,7 +87,7 @@ def test_the_first_of_each_order_are_those_of_all_sources(name: str, stratify: b
 
     kept, whole = shortlist(cut(table, block), orders, depth)
     assert not whole
-    assert len(kept) <= 2 * depth
+    assert len(kept) <= 2 * depth  # two orders
     for mine, theirs in zip(orders(kept), orders(table), strict=True):
         assert names(kept, mine[:depth]) == names(table, theirs[:depth])
 
@@ -100,53 +101,71 @@ def test_where_all_fit_all_are_kept() -> None:
     assert whole and not len(nothing)
 
 
-def composed(table: Candidates, settings: Any, block: int, count: int) -> tuple[list[list[bytes]], list[Ranking]]:
-    """The first composites as a build asks for them, and the rankings that it took."""
+Composite = tuple[int, int, tuple[int, ...]]  # number, turn, ids
+
+
+def composed(
+    table: Candidates, settings: Any, block: int, grids: tuple[int, ...], unusable: set[int], empty: set[int]
+) -> tuple[list[Composite], list[int]]:
+    """The composites as a build makes them, and the depths of its rankings: some sources turn out to be unusable when
+    they are cut, and some proposals to be empty."""
     method = METHODS[settings.method]
     group = Group("a", "a", 0, ("a",), len(table), settings.ipc)
-    layouts = Layouts(Layout(2, 4 if method.all_keys else 3), (), 0)
-    made: list[list[bytes]] = []
-    rankings = [rank(group, cut(table, block), method, layouts, settings)]
-    stream = rankings[-1].proposals()
-    while len(made) < count:
-        found = next(stream, None)
-        if found is not None:
-            made.append(names(rankings[-1].candidates, (*found.keys, *found.backgrounds)))
-        elif rankings[-1].depth:
-            rankings.append(rank(group, cut(table, block), method, layouts, settings, rankings[-1].depth))
-            stream = rankings[-1].proposals(len(made))
-        else:
+    layouts = Layouts(Layout(2, 4 if method.all_keys else 3), grids, settings.seed)
+    made: list[Composite] = []
+    found = rank(group, cut(table, block), method, layouts, settings)
+    depths, stream, number = [found.depth], found.proposals(), 0
+    while len(made) < settings.ipc:
+        proposal = next(stream, None)
+        if proposal is None and found.depth:
+            found = rank(group, cut(table, block), method, layouts, settings, found.deeper)
+            depths.append(found.depth)
+            stream = found.proposals(number)
+            continue
+        if proposal is None:
             break
-    return made, rankings
+        positions = (*proposal.keys, *proposal.backgrounds)
+        damaged = [each for each in positions if int(found.candidates.ids[each]) in unusable and not found.banned[each]]
+        if damaged:
+            found.banned[damaged[0]] = table.unusable[found.candidates.ids[damaged[0]]] = True
+            stream = found.proposals(number)
+            continue
+        number = proposal.number + 1
+        if proposal.number not in empty:
+            ids = tuple(int(found.candidates.ids[each]) for each in positions)
+            made.append((proposal.number, proposal.turn, ids))
+    return made, depths
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"stratify": False, "near_duplicate": 2},
-        {"least_entropy": 6.0},
-        {"selection": "paper"},
-        {"short_class": "reuse"},
-        {"method": "random"},
-        {"method": "realism"},
-    ],
-)
-def test_a_ranking_that_is_not_deep_enough_is_made_deeper(
-    more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All composites that the sources allow, far more than were planned for; with reuse also the second turn."""
-    settings = config(**{"ipc": 3, "near_duplicate": 0, **more})
-    table = sources(1, 150 if "short_class" in more else 500)
-    expected, at_once = composed(table, settings, 500, 1000)
-    assert [each.depth for each in at_once] == [0]
-    monkeypatch.setattr(ranking, "_DEPTH", 1)
-    monkeypatch.setattr(ranking, "_SPARE", 2)
-    made, rankings = composed(table, settings, 40, 1000)
-    assert made == expected
-    depths = [each.depth for each in rankings]
-    assert depths[0] == 24
-    assert len(depths) > 3 and depths[-1] == 0
+def test_the_composites_are_those_of_all_sources_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepened = given_up = reused = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        settings = config(
+            ipc=int(rng.integers(1, 12)),
+            seed=seed,
+            method=KEPT[seed % len(KEPT)],
+            near_duplicate=int(rng.choice([0, 2, 5])),
+            stratify=bool(rng.random() < 0.5),
+            least_entropy=float(rng.choice([0, 5])),
+            selection=str(rng.choice(["grow", "paper"])),
+            short_class=str(rng.choice(["reduce", "reuse"])),
+        )
+        n = int(rng.integers(50, 400))
+        unusable = set(rng.choice(n, n // 8, replace=False).tolist())
+        empty = set(np.flatnonzero(rng.random(400) < rng.choice([0.3, 0.97])).tolist())
+        grids = (1, 2, 3) if rng.random() < 0.3 else ()
+        monkeypatch.setattr(ranking, "_DEPTH", n)
+        expected, depths = composed(sources(seed, n), settings, n, grids, unusable, empty)
+        assert depths == [0]
+        monkeypatch.setattr(ranking, "_DEPTH", 1)
+        monkeypatch.setattr(ranking, "_SPARE", 2)
+        made, depths = composed(sources(seed, n), settings, int(rng.integers(1, 60)), grids, unusable, empty)
+        assert made == expected, seed
+        deepened += len(depths) > 1
+        given_up += settings.short_class == "reuse" and not made
+        reused += any(turn for _, turn, _ in made)
+    assert deepened > 20 and given_up and reused  # what it is about was reached
 
 
 def test_an_order_that_is_not_marked_gets_all_sources(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +199,8 @@ def test_a_build_has_the_same_bytes_however_short_its_lists_are(
     depths: list[int] = []
     rank_ = composites.Bench.rank
 
-    def spied(self: Any, group: Group, after: int = 0) -> Ranking:
-        found = rank_(self, group, after)
+    def spied(self: Any, group: Group, reach: int = 0) -> Ranking:
+        found = rank_(self, group, reach)
         depths.append(found.depth)
         return found
 
@@ -191,15 +210,42 @@ def test_a_build_has_the_same_bytes_however_short_its_lists_are(
     assert tree(short) == tree(plain)
 
 
+def test_blocks_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folder numbers go on from block to block; the last block may be full."""
+    store = filled(tmp_path / "s.sqlite", 91)
+    whole = next(store.blocks("a", 30.0))
+    monkeypatch.setattr(scores, "BLOCK", 7)
+    blocks = list(store.blocks("a", 30.0))
+    assert [len(block) for block in blocks] == [7] * 13
+    table = joined(blocks)
+    for name, column in vars(whole).items():
+        assert column is None or np.array_equal(getattr(table, name), column), name
+    assert set(table.folder) == {0, 1, 2, 3}
+    assert [len(block) for block in store.blocks("nothing", 30.0)] == [0]
+
+
+def test_features_of_two_widths_are_a_damaged_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path / "s.sqlite", 20)
+    monkeypatch.setattr(scores, "BLOCK", 7)
+    store.db.execute("UPDATE source SET feature = ?", (np.ones(4, np.float16).tobytes(),))
+    assert joined(store.blocks("a", 30.0, features=True)).features.shape == (20, 4)
+    ids = [row[0] for row in store.db.execute("SELECT rowid FROM source ORDER BY sha DESC LIMIT 6")]
+    store.db.execute(
+        f"UPDATE source SET feature = ? WHERE rowid IN ({','.join('?' * 6)})", (np.ones(3, np.float16).tobytes(), *ids)
+    )
+    with pytest.raises(DiskError, match="not one vector a source"):
+        joined(store.blocks("a", 30.0, features=True))
+
+
 def filled(path: Path, n: int) -> ScoreStore:
-    """A store of n made-up sources of one class."""
+    """A store of n made-up sources of one class, in some folders."""
     store = ScoreStore(path)
     rng = np.random.default_rng(0)
     digests = rng.integers(0, 256, (n, 32)).astype(np.uint8)
     for start in range(0, n, 1000):
         rows = []
         for i in range(start, min(n, start + 1000)):
-            where = ("r", f"{i}", "f", "a", "s", store.run, None, 1, 1)
+            where = ("r", f"{i}", f"f{i * i % 9}", "a", "s", store.run, None, 1, 1)
             rows.append((*where, digests[i].tobytes(), 9, 9, i % 997 / 997, i % 89 / 89, 0, 0, i, None, None, 7.0))
         store.put(rows)
     store.commit()

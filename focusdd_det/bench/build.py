@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
 from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
-from focusdd_det.plan import Plan, make_plan
+from focusdd_det.plan import Group, Plan, layouts_of, make_plan
 from focusdd_det.progress import progress_bar
+from focusdd_det.ranking import rank
 from focusdd_det.scores import ScoreStore
 from focusdd_det.screening import WORTH, Screen
 from focusdd_det.select import Candidates, joined, proposals
@@ -301,8 +303,11 @@ class _Scene:
         self.selector(self.pixels)
         for _ in range(2):
             timer("ViT", self.selector, self.pixels, parts=len(self.pixels))
-        for group, found in self.candidates().items():
-            timer("selection", self._choose, group, found, c.ipc, parts=max(1, len(found)))
+        store = ScoreStore(self._file())
+        store.run -= 1  # those of the run that filled it
+        for group in self.plan.groups:
+            timer("selection", self._select, store, group, parts=max(1, group.sources))
+        store.close()
         side = c.image_size // c.grid
         tiles = []
         for bytes_ in data[:32]:
@@ -315,6 +320,12 @@ class _Scene:
             timer("teacher, a composite", detector.detect, [picture], c.conf, c.iou, c.max_det, 1)
             timer("write, a composite", write_atomic, self.work / "written.jpg", jpeg)
         return timer.means()
+
+    def _select(self, store: ScoreStore, group: Group) -> list[Any]:
+        """As the build does it: read, rank, choose."""
+        blocks = store.blocks(group.name, self.config.alpha)
+        ranking = rank(group, blocks, METHOD, layouts_of(self.config, METHOD), self.config)
+        return list(islice(ranking.proposals(), self.config.ipc))
 
     def _choose(self, group: str, found: Candidates, ipc: int) -> list[Any]:
         order, backgrounds = METHOD.order(found, self.config, group), METHOD.backgrounds(found, self.config, group)

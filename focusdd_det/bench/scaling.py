@@ -214,8 +214,8 @@ def _memory(options: BenchOptions, work: Path, counts: Sequence[int]) -> list[di
     """Peak memory of a whole build at each number of sources, in a process of its own, and of the same process with its
     models loaded and nothing built.
 
-    The models are the demo's and the pictures tiny, so that 100,000 of them take minutes; they lie in two classes, and
-    what is kept of the sources of a class while it is ranked is therefore as large as it can be.
+    The models are the demo's and the pictures tiny, so that 100,000 of them take minutes; they lie in two classes, so
+    that as many as can be are ranked together.
     """
     options = replace(
         options,

@@ -24,6 +24,8 @@ def monotone(order: T) -> T:
       before it keep their places.
     - When one source is left out, those that came before it keep their places and no other comes later.
 
+    A source that an order does not hold counts as behind all that it does.
+
     Of a method of which both are so marked, only the sources are kept that can come to the front (shortlist.py), and
     those that cannot, however good a second look, are looked at in low precision alone (screening.py). Whoever
     overrides one says so again, or all sources of a class are held in memory and looked at in full."""
