@@ -25,6 +25,7 @@ import yaml
 from focusdd_det import detset
 from focusdd_det.composites import Bench, compose_all
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
+from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.gallery import NAME as GALLERY
 from focusdd_det.gallery import write_gallery
@@ -531,16 +532,8 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _device(config: SetConfig) -> str:
-    if config.device != "auto":
-        try:
-            torch.zeros(1, device=config.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(
-                f"device={config.device}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0"
-            ) from error
-        return config.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return device_of(config.device)
 
 
 def _workers(config: SetConfig) -> int:
-    return config.workers or os.cpu_count() or 1
+    return config.workers or processors()

@@ -383,7 +383,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if isinstance(value, str):
             parts = [part.strip() for part in value.split(",") if part.strip()]
             kind = get_args(hint)[0]
-            items = parts if kind is str else [_scalar(part) for part in parts] if kind is int else [value]
+            plain = kind is str or get_origin(kind) is Literal
+            items = parts if plain else [_scalar(part) for part in parts] if kind is int else [value]
         else:
             items = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
         return tuple(_convert(item, get_args(hint)[0]) for item in items)

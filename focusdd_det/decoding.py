@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -139,9 +139,16 @@ def in_processes(items: Iterator[Located], task: Task, workers: int, depth: int)
         stack.callback(os.close, descriptor)
         slots = np.frombuffer(memory, np.uint8).reshape(depth, *task.shape)
         pool = [stack.enter_context(_Worker(descriptor, depth)) for _ in range(workers)]
+        stack.callback(_hang_up, pool)
         for worker in pool:
             worker.send(task)
         yield from _in_order(items, slots, pool)
+
+
+def _hang_up(pool: Sequence[_Worker]) -> None:
+    """On all, before any is waited for: they end together."""
+    for worker in pool:
+        worker.hang_up()
 
 
 @dataclass
@@ -211,8 +218,12 @@ class _Worker:
             theirs.close()
         return self
 
+    def hang_up(self) -> None:
+        """Tell it to end; it does so by itself, and not in the middle of a write."""
+        self.connection.close()
+
     def __exit__(self, *_: object) -> None:
-        self.connection.close()  # it ends by itself; not in the middle of a write
+        self.hang_up()
         try:
             self.process.wait(_END)
         except subprocess.TimeoutExpired:

@@ -96,6 +96,9 @@ def restore(state: ResumeState, model: nn.Module, ema: nn.Module, optimizer: tor
         {name: tuple(value) if name == "betas" else value for name, value in group.items()}
         for group in state.counters["optimizer_groups"]
     ]
+    for group, live in zip(groups, optimizer.param_groups, strict=False):
+        if "fused" in live:
+            group["fused"] = live["fused"]  # which kernel runs is the device's, not the run's
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     for parameter, slot in optimizer.state.items():
         for name, value in slot.items():

@@ -17,6 +17,7 @@ from focusdd_det import detset
 from focusdd_det.build import MACHINE_KEYS
 from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
 from focusdd_det.decode import BadImage, decode
+from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.explain import Explained, explain, outputs_of, readable
 from focusdd_det.explain_draw import MARK, draw
@@ -123,7 +124,7 @@ def explain_command(argv: Sequence[str]) -> int:
     files = [] if item else _pictures([Path(path) for path in given], count)
     selector = load_selector(
         config.selector, config.selector_weights, config.view, config.attention, config.precision,
-        _device(config.device), config.download,
+        device_of(config.device), config.download,
     )  # fmt: skip
     group = outputs_of(str(own["class"]), selector, config) if "class" in own else None
     if item is None:
@@ -243,16 +244,6 @@ def _split(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[
         else:
             pictures.append(token)
     return pictures, options
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0") from error
-    return name
 
 
 def _pictures(given: Sequence[Path], count: int) -> list[Path]:

@@ -13,7 +13,6 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from focusdd_det.detset import (
     task_of,
     write_atomic,
 )
+from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, VerifyError
 from focusdd_det.labels import parse_rows
 from focusdd_det.progress import progress_bar
@@ -127,7 +127,7 @@ def write_gallery(folder: Path, out: Path, thumb: int = 160, maps: SourceMaps | 
     # Inside its set the page has the name of the folder it lies in, so that a set which is moved or built again under
     # another name keeps its bytes.
     head |= {"inside": inside, "name": None if inside else folder.resolve().name}
-    with progress_bar(total, "gallery") as bar, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with progress_bar(total, "gallery") as bar, ThreadPoolExecutor(processors()) as pool:
 
         def page() -> Iterator[bytes]:
             start, end = _frame(head)

@@ -65,7 +65,8 @@ def score_all(
     view = judge.side if judge else selector.view if selector else 64
     final = Looker(selector, method, columns, config, store, judge)
     lookers = [final] if fast is None else [final, Looker(fast, method, columns, config, store)]
-    on_gpu = selector is not None and selector.device.type == "cuda"
+    device = selector.device if selector else judge.detector.device if judge else torch.device("cpu")
+    on_gpu = device.type == "cuda"
     judged = Judged(config.max_bad)
     batches = 0
 

@@ -121,7 +121,7 @@ def supervision_terms(
     *,
     student_reg_max: int,
     teacher_reg_max: int,
-    anchors: Tensor,
+    anchors: Tensor | None = None,
     temperature: float = 1.0,
     beta: float = 1.0,
 ) -> Supervision:
@@ -136,7 +136,8 @@ def supervision_terms(
         teacher: {"boxes": [B, 4 * Rt, A], "scores": [B, nc, A]}, same anchors, classes in the student's
             order.
         student_reg_max, teacher_reg_max: Rs and Rt.
-        anchors: [2, A] cell centres in cells of each anchor's own level; only read when boxes are decoded.
+        anchors: [2, A] cell centres in cells of each anchor's own level; only needed where boxes are decoded: without
+            equal numbers of bins.
         temperature: T > 0 of the class term; its factor T^2 is included. The weight w stays at T = 1.
         beta: exponent of w = |sigmoid(t) - sigmoid(s)|^beta, no gradient; 0 is plain KL.
 
@@ -144,7 +145,7 @@ def supervision_terms(
         Two scalars, float32. The caller multiplies by the gains and by B.
 
     Raises:
-        ValueError: shapes that do not pair.
+        ValueError: shapes that do not pair, or boxes to decode without anchors.
     """
     t_scores, s_scores = teacher["scores"], student["scores"]
     if t_scores.shape != s_scores.shape:
@@ -157,6 +158,8 @@ def supervision_terms(
         total = foreground.sum().clamp(min=1)
         if student_reg_max == teacher_reg_max > 1:
             box = _BinsTerm.apply(student["boxes"].float(), teacher["boxes"].detach(), foreground, student_reg_max)  # type: ignore[no-untyped-call]
+        elif anchors is None:
+            raise ValueError(f"boxes of {student_reg_max} and {teacher_reg_max} bins are decoded, which takes anchors")
         else:
             target = decode_boxes(teacher["boxes"].detach(), anchors, teacher_reg_max)
             box = (foreground * (1 - giou(target, decode_boxes(student["boxes"], anchors, student_reg_max)))).sum()

@@ -21,6 +21,7 @@ import yaml
 from focusdd_det import detset
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
 from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
+from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.map_suggestions import (
     Change,
@@ -279,7 +280,7 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
     from focusdd_det.teacher import load_detector
 
     class_map = read_class_map(find_map(config.class_map), LEVELS)
-    detector = load_detector(config.teacher, config.device, class_map.names, config.download)
+    detector = load_detector(config.teacher, device_of(config.device), class_map.names, config.download)
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

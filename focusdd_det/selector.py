@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,8 @@ class Selector:
         x = x.to(next(self.model.parameters()).dtype)
         if x.device.type == "cpu" and self.precision == "bf16":
             x = x.contiguous(memory_format=torch.channels_last)
-        logits, rows = self.backbone.look(self.model, x)
+        with _whole_float32(x):
+            logits, rows = self.backbone.look(self.model, x)
         probabilities = logits.float().softmax(dim=1)
         maps = [combine(rows, how).reshape(len(x), self.grid, self.grid).float().cpu() for how in attentions]
         return probabilities.cpu(), maps
@@ -221,6 +223,20 @@ def load_selector(
         device=target,
         backbone=backbone,
     )
+
+
+@contextlib.contextmanager
+def _whole_float32(x: Tensor) -> Iterator[None]:
+    """Inside, a GPU's convolutions of float32 are not rounded to TF32, which torch does unless told otherwise."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def in_precision(selector: Selector, precision: str) -> Selector:

@@ -30,6 +30,7 @@ from ultralytics.utils.torch_utils import select_device
 from focusdd_det import detset, sealed
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
 from focusdd_det.detect_cli import check_stock
+from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.replay import Pool, ReplayDataset
@@ -332,7 +333,7 @@ class _Job:
         loader: Any = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=batches,
-            num_workers=min(workers, os.cpu_count() or 1, len(batches)) if len(batches) > 1 else 0,
+            num_workers=min(workers, processors(), len(batches)) if len(batches) > 1 else 0,
             collate_fn=self.dataset.collate_fn,
         )
         for batch in loader:

@@ -143,17 +143,19 @@ class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]
         return torch.cat((vector, kl * size)), {**items, **dict(zip(self.kl_names, kl.detach(), strict=True))}
 
     def _kl_terms(self, preds: dict[str, Any], teacher: Any) -> Supervision:
+        # Ultralytics' anchors make the host wait for a GPU, so not after the wait for the teacher, and only if need be.
+        decoded = not isinstance(teacher, SparseHeads) and not self.reg_max == self.teacher_reg_max > 1
+        anchors = make_anchors(preds["feats"], self.stride, 0.5)[0].T.float() if decoded else None
         teacher = teacher.take() if isinstance(teacher, Begun) else teacher
         how = {"temperature": self.options.kl_temperature, "beta": self.options.kl_beta}
         if isinstance(teacher, SparseHeads):
             return sparse_supervision_terms(preds, teacher, reg_max=self.reg_max, **how)
-        anchors, _ = make_anchors(preds["feats"], self.stride, 0.5)
         return supervision_terms(
             preds,
             paired_head(teacher, self.branch),
             student_reg_max=self.reg_max,
             teacher_reg_max=self.teacher_reg_max,
-            anchors=anchors.T.float(),
+            anchors=anchors,
             **how,
         )
 

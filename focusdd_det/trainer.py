@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -26,6 +25,7 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_m
 from focusdd_det import __version__, coco_eval, exact_resume
 from focusdd_det.aside import Aside, Begun
 from focusdd_det.detset import write_atomic
+from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
 from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, View, replay_loader, rewind
@@ -295,7 +295,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         return replay_loader(
             dataset,
             batch_size,
-            min(self.args.workers, os.cpu_count() or 1),
+            min(self.args.workers, processors()),
             seed=self.args.seed,
             shuffle=not self.args.rect,
             rank=rank,
@@ -326,6 +326,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         self._channels_last = on_cpu and channels_last
         if on_cpu:
             self.args.channels_last = None  # Ultralytics would say that it ignores it here
+        if self.args.batch < 1 and self.teacher is not None and not on_cpu:
+            LOGGER.warning(
+                f"{PREFIX}batch={self.args.batch}: Ultralytics chooses the size without counting the teacher; give one "
+                "if the memory runs out"
+            )
         with safe_ultralytics(), local_amp_check():
             super()._setup_train()
         self.args.channels_last = asked

@@ -90,7 +90,7 @@ def test_supervision_does_not_wait_for_the_device(tmp_path: Path, dtype: torch.d
     with NoWait():
         heads = teacher.heads(torch.rand(2, 3, 64, 64))
         all_finite(heads)
-        live = supervision_terms(student, heads, student_reg_max=16, teacher_reg_max=16, anchors=torch.zeros(2, 84))
+        live = supervision_terms(student, heads, student_reg_max=16, teacher_reg_max=16)
         read = sparse_supervision_terms(student, stored, reg_max=16)
         (live.cls + live.box + read.cls + read.box).backward()
     assert student["scores"].grad is not None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from conftest import save_detector, tiny_yaml
 
-from focusdd_det.bench.command import bench_command, part_module
-from focusdd_det.bench.options import BenchOptions, Request
+from focusdd_det.bench.command import USAGE, bench_command, part_module
+from focusdd_det.bench.options import PARTS, BenchOptions, Request
 from focusdd_det.bench.timing import Ratio, compare, quantile, ratio, together
 from focusdd_det.cli import run_main
-from focusdd_det.config import load
+from focusdd_det.config import load, parse_tokens
 from focusdd_det.errors import ConfigError
 
 
@@ -104,10 +105,38 @@ def test_the_machine_decides_what_is_left_open() -> None:
     assert options(precision="bf16,fp32").precision == ("bf16", "fp32")
 
 
+@pytest.mark.parametrize("name", ["0", "cuda", "cuda:0"])
+def test_a_gpu_has_one_name(name: str) -> None:
+    assert options(gpus=1, device=name).device == "0"
+
+
+def documented() -> list[str]:
+    """Every command line of the benchmark that is written down, also over two lines or with a comment."""
+    top = Path(__file__).parents[1]
+    texts = [USAGE, *(file.read_text() for file in (top / "README.md", *(top / "docs").glob("*.md")))]
+    text = re.sub(r" *\\\n *", " ", "\n".join(texts))
+    return sorted({line.strip() for line in re.findall(r"python tools/bench\.py((?: [\w-]+(?:=[\w./,+-]+)?)+)", text)})
+
+
+@pytest.mark.parametrize("line", documented())
+def test_what_is_written_down_is_understood(line: str) -> None:
+    request = load(Request, "bench.yaml", parse_tokens(line.split(), get_type_hints(Request), {"part": "parts"}))
+    found = request.options(int("device" in line), True)
+    assert found.on_gpu == ("device" in line)
+    assert set(request.parts) <= set(PARTS)
+
+
+def test_there_are_such_lines() -> None:
+    assert len(documented()) > 8
+    assert any("parts=build,scaling" in line and "device=0" in line for line in documented())
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"device": "0"}, "torch sees no GPU"),
+        ({"device": "gpu"}, "expected cpu or the number of one GPU"),
+        ({"device": "0,1"}, "expected cpu or the number of one GPU"),
         ({"precision": ["fp16"]}, "on a CPU"),
         ({"rounds": 0}, "rounds=0: expected at least 1"),
         ({"imgsz": 100}, "a multiple of 32"),

@@ -421,7 +421,7 @@ def test_another_kind_of_device_does_not_go_on(place: Place, monkeypatch: pytest
         with pytest.raises(Stop):
             relabel(place.config())
     load = relabelling.load_classifier
-    monkeypatch.setattr(relabelling, "_device", lambda _: "cuda:1")
+    monkeypatch.setattr(relabelling, "device_of", lambda _: "cuda:1")
     monkeypatch.setattr(relabelling, "load_classifier", lambda *a: load(*a[:4], "cpu", *a[5:]))
     with pytest.raises(ConfigError, match=r'begun otherwise(.|\n)*teacher\.device: "cpu", now "cuda"'):
         relabel(place.config())

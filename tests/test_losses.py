@@ -211,6 +211,13 @@ def test_classes_that_do_not_pair_are_refused() -> None:
         terms(head(0, classes=3), head(1, classes=4))
 
 
+def test_boxes_without_equal_bins_take_anchors() -> None:
+    student, teacher = head(0), head(1)
+    assert supervision_terms(student, teacher, student_reg_max=4, teacher_reg_max=4).box > 0
+    with pytest.raises(ValueError, match="boxes of 4 and 2 bins are decoded, which takes anchors"):
+        supervision_terms(student, head(1, reg_max=2), student_reg_max=4, teacher_reg_max=2)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 2.0])
 def test_the_class_term_and_its_gradient_are_those_of_the_formula(temperature: float, beta: float) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from focusdd_det import exact_resume
+from focusdd_det import exact_resume, supervision
 from focusdd_det.detect_cli import plan, train_overrides
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.experiment.child import state_of
@@ -108,6 +108,32 @@ def test_run_folder(finished: Path) -> None:
     assert result["best"]["meaning"] == "selected on val"
     assert result["last"]["evaluator"].startswith("pycocotools ")
     assert set(result["last"]["per_class"]) == set(NAMES)
+
+
+def test_no_anchors_are_made_where_both_have_the_same_bins(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics' make the host wait for a GPU, after it has begun to wait for the teacher."""
+    monkeypatch.setattr(supervision, "make_anchors", lambda *_: pytest.fail("anchors were made"))
+    values = {"teacher": str(teacher_file), "supervision": "both", "epochs": 1}
+    trainer = FocusDDTrainer(overrides=options(tmp_path, drawn_set, **values))
+    trainer.train()
+    assert float(rows(tmp_path / "runs" / "run")[0]["train/kl_dfl_loss"]) > 0
+
+
+def test_the_kernel_of_the_optimizer_is_that_of_the_machine() -> None:
+    """A run that was begun on a CPU goes on on a GPU, where Ultralytics builds Adam fused."""
+    began, goes_on = (torch.nn.Linear(2, 2) for _ in range(2))
+    first = torch.optim.AdamW(began.parameters(), lr=0.25, fused=None)
+    began(torch.ones(1, 2)).sum().backward()
+    first.step()
+    counters = {"epoch": 0}
+    state = exact_resume.capture(began, began, first, counters)
+    second = torch.optim.AdamW(goes_on.parameters(), lr=0.5, fused=True)
+    exact_resume.restore(state, goes_on, goes_on, second)
+    assert second.param_groups[0]["fused"] is True
+    assert second.param_groups[0]["lr"] == 0.25
+    assert torch.equal(goes_on.weight, began.weight)
 
 
 def test_annotations_that_lack_a_class_of_the_set_do_not_end_the_training(

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from focusdd_det.devices import processors
+
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 PACKAGES = ("focusdd_det", "torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 
@@ -17,14 +19,14 @@ def machine(device: str) -> dict[str, Any]:
     """Processors, memory, GPU, versions.
 
     Args:
-        device: cpu, or the GPU that is measured.
+        device: cpu, or the number of the GPU that is measured.
     """
     import torch
 
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _first_line("/proc/cpuinfo", "model name"),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": processors(),
         "flags": [flag for flag in FLAGS if flag in _first_line("/proc/cpuinfo", "flags").split()],
         "memory_gb": round(int(_first_line("/proc/meminfo", "MemTotal").split(" ")[0] or 0) / 1e6, 1),
         "torch_threads": torch.get_num_threads(),
@@ -33,7 +35,7 @@ def machine(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
     }
     if device != "cpu":
-        properties = torch.cuda.get_device_properties(int(device.split(",")[0].removeprefix("cuda:")))
+        properties = torch.cuda.get_device_properties(int(device))
         facts["gpu"] = {
             "name": properties.name,
             "memory_gb": round(properties.total_memory / 1e9, 1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from focusdd_det import demo
+from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError
 
 DEMO = Path(demo.__file__).parent
@@ -101,6 +101,10 @@ class Request:
         """
         device = self.device if self.device is not None else ("0" if gpus else "cpu")
         gpu = device != "cpu"
+        if gpu:
+            device = device.removeprefix("cuda").removeprefix(":") or "0"
+            if not device.isdecimal():
+                raise ConfigError(f"device={self.device}: expected cpu or the number of one GPU")
         if gpu and not gpus:
             raise ConfigError(f"device={device}: torch sees no GPU here; give device=cpu")
         small = self.quick and not gpu
@@ -112,7 +116,7 @@ class Request:
             quick=self.quick,
             rounds=_or(self.rounds, 5 if self.quick else 20),
             device=device,
-            workers=_or(self.workers, os.cpu_count() or 1),
+            workers=_or(self.workers, processors()),
             out=Path(self.out),
             sources=self.sources,
             selector=selector or "deit_small_patch16_224.fb_in1k",

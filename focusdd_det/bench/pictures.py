@@ -93,7 +93,7 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
         "empty": "keep",
         "near_duplicate": 0,
         "max_bad": 1.0,
-        "device": options.device if options.device == "cpu" or ":" in options.device else f"cuda:{options.device}",
+        "device": options.device,
         "workers": options.workers,
         **more,
     }

@@ -21,6 +21,7 @@ from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.build import _columns, _device, build
 from focusdd_det.config import BuildConfig
+from focusdd_det.devices import processors
 from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
@@ -51,7 +52,7 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         "sources": _sources(options, work, [32, 64, 128] if quick else [125, 250, 500, 1000, 2000]),
         "classes": _classes(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
         "ipc": _ipc(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
-        "workers": _workers(options, work, _doubled(max(2, os.cpu_count() or 1))),
+        "workers": _workers(options, work, _doubled(max(2, processors()))),
     }
     memory = _memory(options, work, QUICK_COUNTS if quick else COUNTS)
     result = {

@@ -34,6 +34,7 @@ from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, ahead
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
+from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.types import Image
@@ -178,7 +179,7 @@ def relabel(config: RelabelConfig) -> RelabelResult:
         eval_set = read_class_set(str(config.eval_data), "val", class_set.names)
     for target in (out, work):
         detset.refuse_overlap(target, [class_set.folder, *([eval_set.folder] if eval_set else [])])
-    device = _device(config.device)
+    device = device_of(config.device)
     teacher = load_classifier(
         str(config.teacher), config.teacher_weights, class_set.names, config.size, device, config.precision,
         config.download,
@@ -226,16 +227,6 @@ def _out(config: RelabelConfig, class_set: ClassSet) -> Path:
     if not out.name:
         raise ConfigError(f"out={config.out!r}: expected the path of a new folder")
     return out
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0") from error
-    return device
 
 
 def _description(
@@ -296,7 +287,7 @@ class _Job:
 
     def __init__(self, config: RelabelConfig, class_set: ClassSet, teacher: ClassTeacher, device: str) -> None:
         self.config, self.class_set, self.teacher, self.device = config, class_set, teacher, device
-        self.workers = config.workers or os.cpu_count() or 1
+        self.workers = config.workers or processors()
         self.views = ViewDataset(class_set, config.views)
         self.total = config.epochs * len(class_set)
         shape = (config.batch, config.size, config.size, 3)

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from focusdd_det.demo.quiet import keep_quiet
+from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, FocusDDError
 
 HERE = Path(__file__).resolve().parent
@@ -261,7 +262,7 @@ def train_students(sets: Mapping[str, Path], out: Path, inputs: Inputs, recipe: 
     import torch
 
     gpu = torch.cuda.is_available()
-    at_once = 1 if gpu else min(len(sets), os.cpu_count() or 1)
+    at_once = 1 if gpu else min(len(sets), processors())
     with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = {
             method: pool.submit(train_student, folder, out / "students", method, inputs, recipe, "0" if gpu else "cpu")

@@ -17,6 +17,7 @@ from typing import IO, Any
 import yaml
 
 from focusdd_det import detset
+from focusdd_det.devices import processors
 from focusdd_det.errors import DiskError, FocusDDError
 from focusdd_det.experiment import results
 from focusdd_det.experiment.grid import Arm
@@ -178,7 +179,7 @@ def _start(work: Work, cell: _Cell, stage: Stage, parallel: int) -> _Running:
     log.info("%s, seed %d: %s %s", cell.arm.name, cell.seed, stage.name, how)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if parallel > 1:  # each with all cores would only wait for the others
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // parallel)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, processors() // parallel)))
     journal = work.place("stages", f"{stage.name}.log").open("ab")
     process = subprocess.Popen(
         command_of(file),

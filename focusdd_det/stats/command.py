@@ -11,6 +11,7 @@ from typing import Any
 
 from focusdd_det import __version__
 from focusdd_det.config import parse_tokens, suggest, wants_help
+from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
 
 USAGE = """Statistics of distilled sets, one or several beside each other: a table, stats.json and PNGs.
@@ -124,7 +125,7 @@ def read_options(argv: Sequence[str]) -> Options:
         probes=given.get("probes", 16),
         seed=given.get("seed", 0),
         batch=given.get("batch", 32),
-        device=str(given.get("device", "cpu")),
+        device=device_of(str(given.get("device", "cpu"))),
         workers=given.get("workers", 2),
     )
 

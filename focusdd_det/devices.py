@@ -1,0 +1,33 @@
+"""The device to compute on, under the same names everywhere, and how many processors there are to work beside it."""
+
+from __future__ import annotations
+
+import os
+
+from focusdd_det.errors import ConfigError
+
+
+def device_of(name: str) -> str:
+    """As torch has it.
+
+    Args:
+        name: auto (the first GPU, else cpu), cpu, cuda, cuda:1, or a GPU's number, as `yolo` takes it.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{name}" if name.isdecimal() else name
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0") from error
+    return device
+
+
+def processors() -> int:
+    """Those that this process may use, at least one: on a shared machine fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

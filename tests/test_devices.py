@@ -1,0 +1,46 @@
+"""One name for a device everywhere, and processors that this process may use."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from focusdd_det.devices import device_of, processors
+from focusdd_det.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("cpu", "cpu"), ("0", "cuda:0"), ("12", "cuda:12"), ("cuda", "cuda"), ("cuda:1", "cuda:1")]
+)
+def test_a_device_is_named_as_torch_does_or_as_yolo_does(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "zeros", lambda _, device: asked.append(device))
+    assert device_of(name) == device
+    assert asked == [device]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_auto_takes_a_gpu_if_there_is_one(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert device_of("auto") == ("cuda" if there else "cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "99", "", "0,1"])
+def test_a_device_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"device={name}: .*expected auto, cpu or cuda:0"):
+        device_of(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system on which a process can be bound")
+def test_only_processors_that_may_be_used_count() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert processors() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert processors() == len(before)
