@@ -170,7 +170,7 @@ def test_random_pictures_are_whole_and_one_to_a_composite(bench: Path, tmp_path:
 
 
 def test_realism_takes_the_crop_that_the_classifier_is_surest_of(bench: Path, tmp_path: Path) -> None:
-    from focusdd_det.compose import resize
+    from focusdd_det.glance import view_pixels
     from focusdd_det.selector import load_selector
 
     config = load_class_config(sources=["x"], seed=0)
@@ -187,7 +187,7 @@ def test_realism_takes_the_crop_that_the_classifier_is_surest_of(bench: Path, tm
             for i, c in enumerate(crops):
                 assert 0.28 * min(width, height) - 1 <= c.side <= min(width, height)
                 square = picture[c.y : c.y + c.side, c.x : c.x + c.side]
-                views[i] = torch.from_numpy(resize(square, 32, 32)).permute(2, 0, 1)
+                views[i] = torch.from_numpy(view_pixels(square, 32, "squash")).permute(2, 0, 1)
             p = vit(views)[0][:5, vit.classes.index(name)]
             best = int(p.argmax())
             sure[f"{name}/{path.name}"] = [float(p[best]), crops[best].x, crops[best].y, crops[best].side]

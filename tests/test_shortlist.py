@@ -23,7 +23,8 @@ from focusdd_det.scores import ScoreStore
 from focusdd_det.select import Candidates, joined
 from focusdd_det.shortlist import shortlist
 
-KEPT = [name for name, method in METHODS.items() if is_monotone(method)]
+OURS = dict(METHODS)  # other tests enter methods of their own
+KEPT = [name for name, method in OURS.items() if is_monotone(method)]
 
 
 def sources(seed: int, n: int) -> Candidates:
@@ -56,7 +57,7 @@ def names(table: Candidates, positions: Any) -> list[bytes]:
 
 
 def test_all_but_the_methods_that_compare_features_are_kept_short() -> None:
-    assert set(METHODS) - set(KEPT) == {"herding", "kmeans"}
+    assert set(OURS) - set(KEPT) == {"herding", "kmeans"}
 
 
 @pytest.mark.parametrize("name", KEPT)
