@@ -106,7 +106,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
-    config = replace(method.adapt(config), precision=precision_of(config.precision, _device(config)))
+    config = replace(method.adapt(config), precision=precision_of(config.precision, device_of(config.device)))
     labeller, teacher = _labeller(config, plan)
     selector = _selector(config, method)
     if config.threads:
@@ -197,7 +197,7 @@ def _labeller(config: SetConfig, plan: Plan) -> tuple[Labeller, dict[str, str] |
     if not isinstance(config, BuildConfig):
         return ClassLabels(in_flight=4 * _workers(config)), None
     names = plan.class_map.names
-    detector = load_detector(config.teacher, _device(config), names, config.download)
+    detector = load_detector(config.teacher, device_of(config.device), names, config.download)
     return TeacherBoxes(config, detector, len(names)), {
         "name": Path(config.teacher).name,
         "sha256": detector.sha256,
@@ -369,8 +369,8 @@ def _selector(config: SetConfig, method: Method) -> Selector | None:
     if not method.needs_selector:
         return None
     return load_selector(
-        config.selector, config.selector_weights, config.view, config.attention, config.precision, _device(config),
-        config.download,
+        config.selector, config.selector_weights, config.view, config.attention, config.precision,
+        device_of(config.device), config.download,
     )  # fmt: skip
 
 
@@ -395,7 +395,7 @@ def _score(
     if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
     who = f"{Path(judge.config.teacher).name} looks at sources" if judge else "looking at sources"
-    fast = screen_precision(config, method, plan, _device(config))
+    fast = screen_precision(config, method, plan, device_of(config.device))
     quick = in_precision(selector, fast) if selector is not None and fast is not None else None
     with progress_bar(plan.sources, who + (f", in {fast}" if quick else "")) as bar:
         score_all(plan.stream(), store, selector, method, columns, config, _workers(config), bar.update, judge, quick)
@@ -482,7 +482,7 @@ def _finish(
         "sources": {root.name: str(root.path) for root in plan.roots},
         "settings": {key: value for key, value in as_plain(config).items() if key in MACHINE_KEYS},
         "torch_threads": torch.get_num_threads(),
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": _device(config)},
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": device_of(config.device)},
         "screening": screened,
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -529,10 +529,6 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.monotonic()
     yield
     seconds[name] = time.monotonic() - start
-
-
-def _device(config: SetConfig) -> str:
-    return device_of(config.device)
 
 
 def _workers(config: SetConfig) -> int:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
+from focusdd_det import decoding
 from focusdd_det.build import load_config
 from focusdd_det.decoding import Task, choose, in_processes, in_threads
 from focusdd_det.errors import FocusDDError
@@ -185,6 +186,27 @@ def test_nothing_outlives_a_build_that_is_ended(pictures: Path, kind: signal.Sig
         time.sleep(0.02)
     if shared:
         assert set(os.listdir("/dev/shm")) - shared == set()  # noqa: PTH208
+
+
+def test_all_processes_are_told_to_end_before_one_is_waited_for(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    hang_up, wait = decoding._Worker.hang_up, subprocess.Popen.wait
+
+    def told(self: decoding._Worker) -> None:
+        events.append("told")
+        hang_up(self)
+
+    def waited(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        events.append("waited for")
+        return wait(self, timeout)
+
+    monkeypatch.setattr(decoding._Worker, "hang_up", told)
+    monkeypatch.setattr(subprocess.Popen, "wait", waited)
+    seen(in_processes(sources(pictures), task(), 3, DEPTH))
+    assert events[:3] == ["told"] * 3
+    assert events.count("waited for") >= 3
 
 
 def test_how_the_loader_is_chosen() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError
+from focusdd_det.selector import _whole_float32
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,17 @@ def test_only_processors_that_may_be_used_count() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert processors() == len(before)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "inside"), [("cuda", torch.float32, False), ("cuda", torch.float16, True)])
+def test_a_gpu_rounds_no_scores_in_float32(kind: str, dtype: torch.dtype, inside: bool) -> None:
+    """torch's convolutions would use TF32; what was set before comes back."""
+    x: Any = SimpleNamespace(device=SimpleNamespace(type=kind), dtype=dtype)
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        with _whole_float32(x):
+            assert torch.backends.cudnn.allow_tf32 is inside
+        assert torch.backends.cudnn.allow_tf32 is True
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

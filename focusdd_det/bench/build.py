@@ -25,10 +25,11 @@ from PIL import Image as PILImage
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.bench.pictures import Bench, prepare
 from focusdd_det.bench.timing import compare, quantile, ratio, together
-from focusdd_det.build import _columns, _device, build
+from focusdd_det.build import _columns, build
 from focusdd_det.compose import assemble, cut, encode_jpeg
 from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import write_atomic
+from focusdd_det.devices import device_of
 from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
 from focusdd_det.looking import score_all
@@ -65,7 +66,7 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     logging.getLogger("focusdd").setLevel(logging.WARNING)
     bench = prepare(options, work, 4, 12 if options.quick else 64, **({"batch": 16} if options.quick else {}))
     plan = make_plan(bench.config)
-    device = _device(bench.config)
+    device = device_of(bench.config.device)
     on_gpu = device != "cpu"
     # Decoding processes take a second to start, as much as a GPU takes for thousands of sources.
     sources = list(plan.stream())[: 48 if options.quick else 20_000 if on_gpu else _SAMPLE]
@@ -198,7 +199,7 @@ class _Scene:
         self.config = replace(bench.config, precision=precision)  # type: ignore[arg-type]
         c = self.config
         self.selector: Selector = load_selector(
-            c.selector, c.selector_weights, c.view, c.attention, precision, _device(c)
+            c.selector, c.selector_weights, c.view, c.attention, precision, device_of(c.device)
         )
         self.plan, self.sources, self.work = plan, sources, work
         self.columns = _columns(c, plan, self.selector)
@@ -332,7 +333,7 @@ class _Scene:
         for bytes_ in data[:32]:
             picture = timer("full decode of a chosen one", decode, bytes_)[0]
             tiles.append(timer("cut", cut, picture, middle_square(picture.shape[1], picture.shape[0]), side, side))
-        detector = load_detector(c.teacher, _device(c), self.plan.class_map.names, False)
+        detector = load_detector(c.teacher, device_of(c.device), self.plan.class_map.names, False)
         for i in range(0, len(tiles) - 3, 4):
             picture = timer("compose, a composite", assemble, tiles[i : i + 4], 2)
             jpeg = timer("encode, a composite", encode_jpeg, picture, c.jpeg_quality)

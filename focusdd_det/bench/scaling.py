@@ -19,9 +19,9 @@ import numpy as np
 from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
-from focusdd_det.build import _columns, _device, build
+from focusdd_det.build import _columns, build
 from focusdd_det.config import BuildConfig
-from focusdd_det.devices import processors
+from focusdd_det.devices import device_of, processors
 from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
@@ -171,7 +171,7 @@ def score(config: BuildConfig, count: int | None) -> float:
     selector = None
     if method.needs_selector:
         selector = load_selector(
-            config.selector, config.selector_weights, config.view, config.attention, "fp32", _device(config)
+            config.selector, config.selector_weights, config.view, config.attention, "fp32", device_of(config.device)
         )
     file = Path(config.out).with_name("throwaway.sqlite")
     file.unlink(missing_ok=True)
@@ -259,9 +259,9 @@ def peak() -> None:
     if job["what"] == "models":
         import torch
 
-        selector = load_selector(config.selector, config.selector_weights, device=_device(config))
+        selector = load_selector(config.selector, config.selector_weights, device=device_of(config.device))
         selector(torch.zeros(config.batch, 3, selector.view, selector.view, dtype=torch.uint8))
-        load_detector(config.teacher, _device(config), make_plan(config).class_map.names, False)
+        load_detector(config.teacher, device_of(config.device), make_plan(config).class_map.names, False)
         token_grid(config.selector, config.selector_weights, config.view)
     else:
         build(config)
