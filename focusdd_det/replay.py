@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,6 +246,7 @@ def replay_loader(
     drop_last: bool = False,
     pin_memory: bool = False,
     sampler: EpochSampler | None = None,
+    then: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> InfiniteDataLoader:
     """Ultralytics' endless loader over an `EpochSampler`.
 
@@ -255,6 +257,7 @@ def replay_loader(
             process.
         rank: of this process; -1 without DDP.
         sampler: instead of one over the whole data set.
+        then: done with each batch by the process that loads it.
     """
     if sampler is None:
         sampler = EpochSampler(len(dataset), seed, shuffle, max(rank, 0), world if rank >= 0 else 1)
@@ -269,7 +272,11 @@ def replay_loader(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
-        collate_fn=dataset.collate_fn,
+        collate_fn=partial(_collated, dataset.collate_fn, then) if then else dataset.collate_fn,
         generator=torch.Generator().manual_seed(seed),
         drop_last=drop_last,
     )
+
+
+def _collated(collate: Callable[[Any], Any], then: Callable[[Any], Any], samples: Any) -> Any:
+    return then(collate(samples))

@@ -52,11 +52,13 @@ class SparseHeads:
 
     def to(self, device: torch.device | str) -> SparseHeads:
         """On that device; what goes to a GPU is not waited for, and so has to lie in pinned memory."""
-        parts = {name: getattr(self, name) for name in _NAMES}
         ahead = torch.device(device).type == "cuda"
-        if ahead and self.total.device.type == "cpu":
-            parts = {name: part.pin_memory() for name, part in parts.items()}
-        return SparseHeads(**{name: part.to(device, non_blocking=ahead) for name, part in parts.items()})
+        whole = self.pin_memory() if ahead and self.total.device.type == "cpu" else self
+        return SparseHeads(**{name: getattr(whole, name).to(device, non_blocking=ahead) for name in _NAMES})
+
+    def pin_memory(self) -> SparseHeads:
+        """In pinned memory; torch's DataLoader calls it by this name. What is pinned stays as it is."""
+        return SparseHeads(**{name: getattr(self, name).pin_memory() for name in _NAMES})
 
     def half(self) -> SparseHeads:
         """Logits in float16, as they are stored."""

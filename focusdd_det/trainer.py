@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from focusdd_det.detset import write_atomic
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
-from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, View, replay_loader, rewind
+from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
 from focusdd_det.run_files import (
     WholePath,
     checkpoint_argument,
@@ -40,7 +41,6 @@ from focusdd_det.run_files import (
     student_head,
 )
 from focusdd_det.run_guard import guarded
-from focusdd_det.sparse_heads import SparseHeads
 from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
 from focusdd_det.targets import VIEWS, TargetStore
 from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
@@ -302,6 +302,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             world=max(self.world_size, 1),
             drop_last=bool(self.args.compile),
             pin_memory=self.device.type == "cuda",
+            then=partial(add_stored_heads, self.targets) if self.targets else None,
         )
 
     def get_validator(self) -> DetectionValidator:
@@ -379,22 +380,12 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 self._teacher_finite = finite if self._teacher_finite is None else self._teacher_finite & finite
             batch[TEACHER_KEY] = Begun(heads, self._aside.join)
         elif self.targets is not None:
-            batch[TEACHER_KEY] = self.stored_heads(batch["view"], batch["look"])
+            batch[TEACHER_KEY] = batch[TEACHER_KEY].to(self.device)
         if self._resumed_step is not None:
             # Ultralytics counts accumulated batches from -1 after a resume; shift its threshold to the true count.
             self._nominal = self.accumulate
             self.accumulate += self._resumed_step + 1
         return batch
-
-    def stored_heads(self, views: Sequence[View], looks: Sequence[torch.Tensor]) -> SparseHeads:
-        """What the teacher said about these views, on the training's device.
-
-        Raises:
-            VerifyError: as `TargetStore.heads`.
-        """
-        assert self.targets is not None
-        with torch.autocast("cpu", enabled=False):  # it refuses to join float16
-            return self.targets.heads(views, looks).to(self.device)
 
     def _check_teacher_outputs(self) -> None:
         """Asked once an epoch: asking after every batch would wait for the device."""
@@ -614,6 +605,15 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
         coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
+
+
+def add_stored_heads(targets: TargetStore, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with what the teacher said about its views; done where its pictures are loaded.
+
+    Raises:
+        VerifyError: as `TargetStore.heads`.
+    """
+    return {**batch, TEACHER_KEY: targets.heads(batch["view"], batch["look"])}
 
 
 def all_finite(heads: Mapping[str, Any]) -> torch.Tensor:

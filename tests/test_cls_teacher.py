@@ -51,6 +51,11 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     assert half(X).dtype == torch.float32 and not torch.equal(half(X), full(X))
     torch.testing.assert_close(half(X), full(X), rtol=0.1, atol=0.1 * full(X).abs().max().item())
     assert full.sha256 == half.sha256 and full.spec != half.spec
+    before = full(X)
+    full.run_in(torch.bfloat16)
+    assert torch.equal(full(X), half(X))
+    full.run_in(None)
+    torch.testing.assert_close(full(X), before)
 
 
 def test_classes_that_it_lacks_name_both_lists(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +29,13 @@ from focusdd_det.detect_cli import train
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.replay import Pool, ReplayDataset, View, pooled, replay_loader, rewind
 from focusdd_det.run_files import student_head
+from focusdd_det.run_guard import guarded
 from focusdd_det.sparse_heads import thin
 from focusdd_det.store_targets import USAGE, TargetsConfig, load_config, store_command, store_targets, training
-from focusdd_det.supervision import Options
+from focusdd_det.supervision import TEACHER_KEY, Options
 from focusdd_det.targets import AUGMENTATION, KIND, VIEWS, TargetStore, epoch_name
 from focusdd_det.teacher import load_detector
-from focusdd_det.trainer import FocusDDTrainer
+from focusdd_det.trainer import FocusDDTrainer, add_stored_heads
 
 FLOOR, TOPK, POOL = 0.8, 2, 4  # the tiny teacher is sure of much: at 0.8 some anchors are left out
 VIEW = {"imgsz": 64, "seed": 0, "degrees": 10.0, "shear": 2.0, "flipud": 0.2, "mixup": 0.2}  # mosaic, HSV: the usual
@@ -67,6 +70,17 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != sealed.LOG}
 
 
+def views_of(drawn_set: Path, pool: Pool) -> tuple[ReplayDataset, Any]:
+    """What a training on stored targets sees, and Ultralytics' keys for it."""
+    cfg = get_cfg(overrides=VIEW)
+    cfg.augmentations = []
+    data = ReplayDataset(
+        img_path=str(drawn_set / "images" / "train"), imgsz=64, batch_size=3, augment=True, hyp=cfg, task="detect",
+        data={"names": dict(enumerate(NAMES)), "channels": 3}, seed=0, pool=pool,
+    )  # fmt: skip
+    return data, cfg
+
+
 # ---- what is stored ----
 
 
@@ -74,15 +88,11 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_stored_targets_are_the_live_heads_on_the_same_views(
     workers: int, store: Path, drawn_set: Path, teacher_file: Path
 ) -> None:
-    """Through the training's loader: other batches, another order and other processes than they were made in."""
-    found, teacher = TargetStore(store), load_detector(teacher_file, "cpu", NAMES)
-    cfg = get_cfg(overrides=VIEW)
-    cfg.augmentations = []
-    data = ReplayDataset(
-        img_path=str(drawn_set / "images" / "train"), imgsz=64, batch_size=3, augment=True, hyp=cfg, task="detect",
-        data={"names": dict(enumerate(NAMES)), "channels": 3}, seed=0, pool=Pool(POOL, 3),
-    )  # fmt: skip
-    loader = replay_loader(data, 3, workers, seed=0)
+    """Through the training's loader: other batches, another order and other processes than they were made in, which
+    read the store as well."""
+    teacher = load_detector(teacher_file, "cpu", NAMES)
+    data, cfg = views_of(drawn_set, Pool(POOL, 3))
+    loader = replay_loader(data, 3, workers, seed=0, then=partial(add_stored_heads, TargetStore(store)))
     seen, left_out = set(), 0
     for epoch in (0, 5, 7):
         if epoch == 7:
@@ -90,7 +100,7 @@ def test_stored_targets_are_the_live_heads_on_the_same_views(
         rewind(loader, epoch)
         for batch in loader:
             live = thin(teacher.heads(batch["img"].float() / 255), FLOOR, TOPK)
-            mine = found.heads(batch["view"], batch["look"])
+            mine = batch[TEACHER_KEY]
             seen |= set(batch["view"])
             left_out += batch["img"].shape[0] * 84 - len(mine.anchor)
             for name in ("picture", "anchor", "classes"):
@@ -448,6 +458,20 @@ def test_a_damaged_file_is_named(store: Path, tmp_path: Path) -> None:
     (place / epoch_name(False, 1)).unlink()
     with pytest.raises(VerifyError, match=f"cannot read .*{epoch_name(False, 1)}"):
         TargetStore(place).heads([View(False, 1, 3)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_is_damaged_under_a_training_ends_it_in_one_sentence(
+    workers: int, store: Path, drawn_set: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(store, tmp_path / "soft"))
+    (place / epoch_name(False, 0)).write_bytes(b"none of it")
+    then = partial(add_stored_heads, TargetStore(place))
+    loader = replay_loader(views_of(drawn_set, Pool(POOL, POOL))[0], 3, workers, seed=0, then=then)
+    with pytest.raises(VerifyError) as raised, guarded(SimpleNamespace(train_loader=loader)):
+        next(iter(loader))
+    loader.close()
+    assert str(raised.value).startswith(f"{place / epoch_name(False, 0)} is damaged")
 
 
 def test_a_lying_epoch_is_refused(store: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from focusdd_det.precision import local_amp_check
 from focusdd_det.progress import progress_bar
 from focusdd_det.store_targets import load_config, store_targets
 from focusdd_det.teacher import load_detector, resolve_weights, safe_checkpoint, safe_ultralytics
-from focusdd_det.trainer import FocusDDTrainer
+from focusdd_det.trainer import FocusDDTrainer, add_stored_heads
 
 FRESH = "yolo11n.yaml"  # the teacher where none is named
 BATCHES = 2  # different ones, taken in turns
@@ -38,12 +38,13 @@ LIVE_TARGET, STORED_TARGET = 1.05, 1.10  # DESIGN section 6
 COMPOSITES, EPOCHS = 63 * 50, 100  # ImageNet-1K has pictures for 63 COCO classes; IPC 50, as the paper
 STILL = 1e-6  # learning rate: the weights stay where they are, so that every round has the same work
 
-PLAIN, TEACHER, LIVE, STORED, DISTILL = "plain", "teacher", "live", "stored", "distill"
+PLAIN, TEACHER, LIVE, STORED, READ, DISTILL = "plain", "teacher", "live", "stored", "read", "distill"
 MEANING = {
     PLAIN: "the student on the set's boxes",
     TEACHER: "the teacher's forward alone",
     LIVE: "boxes and KL, the teacher asked in the step",
-    STORED: "boxes and KL, from stored soft targets",
+    STORED: "boxes and KL, from stored soft targets; on a CPU, where training loads for itself, reading them is in it",
+    READ: "stored soft targets of a batch alone, which on a GPU the loading processes read",
     DISTILL: "Ultralytics' distill_model, its own trainer",
 }
 
@@ -178,7 +179,8 @@ class _Bench:
 
     def cases(self) -> dict[str, Callable[[], object]]:
         """Name -> one step."""
-        kinds = [_kind(name, self.options.on_gpu) for name in self.options.precision]
+        options = self.options
+        kinds = [_kind(name, options.on_gpu) for name in options.precision]
         cases: dict[str, Callable[[], object]] = {}
         for kind in kinds:
             plain = self._ours(kind, PLAIN, supervision="labels")
@@ -189,9 +191,12 @@ class _Bench:
             cases[f"{kind.name} {LIVE}"] = _Steps(live, batches)
             if self._store is not None:
                 stored = self._ours(kind, STORED, targets=str(self._store))
-                cases[f"{kind.name} {STORED}"] = _Steps(stored, list(stored.train_loader)[:BATCHES])
+                steps = _Steps if options.on_gpu else _StepsThatRead
+                cases[f"{kind.name} {STORED}"] = steps(stored, list(stored.train_loader)[:BATCHES])
+                if kind is kinds[0]:
+                    cases[f"{kind.name} {READ}"] = _Reading(stored, cases[f"{kind.name} {STORED}"].batches)  # type: ignore[attr-defined]
         for kind in kinds:  # last: the stock loader leaves a cache of labels in the set
-            if self.options.on_gpu or kind.keys == {"precision": "fp32", "channels_last": False}:
+            if options.on_gpu or kind.keys == {"precision": "fp32", "channels_last": False}:
                 stock = self._set_up(DetectionTrainer, kind, DISTILL, distill_model=str(self.teacher))
                 cases[f"{kind.name} {DISTILL}"] = _Steps(stock, cases[f"{kind.name} {LIVE}"].batches)  # type: ignore[attr-defined]
         return cases
@@ -229,7 +234,7 @@ class _Bench:
             before = torch.cuda.memory_allocated()
             case()
             torch.cuda.synchronize()
-            held = self._built[name.replace(f" {TEACHER}", f" {LIVE}")]
+            held = self._built[name.replace(f" {TEACHER}", f" {LIVE}").replace(f" {READ}", f" {STORED}")]
             found[name] = held + torch.cuda.max_memory_allocated() - before
         return found
 
@@ -262,12 +267,27 @@ class _Steps:
             yield
 
     def __call__(self) -> None:
-        trainer = self.trainer
+        trainer, batch = self.trainer, self.batch()
         with self.autocast():
-            loss, _ = trainer.model(trainer.preprocess_batch(self.batch()))
+            loss, _ = trainer.model(trainer.preprocess_batch(batch))
             trainer.loss = loss.sum()
         trainer.scaler.scale(trainer.loss).backward()
         trainer.optimizer_step()
+
+
+class _StepsThatRead(_Steps):
+    """The same, with stored targets that are read in the step."""
+
+    def batch(self) -> dict[str, Any]:
+        """The next one, read anew."""
+        return add_stored_heads(self.trainer.targets, super().batch())
+
+
+class _Reading(_StepsThatRead):
+    """Stored targets alone."""
+
+    def __call__(self) -> None:
+        self.batch()
 
 
 class _Asking(_Steps):

@@ -46,7 +46,7 @@ class ClassTeacher:
         classes: what each column stands for.
     """
 
-    module: nn.Module
+    module: _Frozen
     name: str
     sha256: str
     spec: str
@@ -58,16 +58,22 @@ class ClassTeacher:
         logits: Tensor = self.module(pixels)
         return logits
 
+    def run_in(self, dtype: torch.dtype | None) -> None:
+        """From now on in autocast of this precision; None: in float32."""
+        self.module.dtype = dtype
+        if dtype is not None:
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
 
 class _Frozen(nn.Module):
     """A classifier in one precision, with its columns gathered."""
 
     columns: Tensor | None
 
-    def __init__(self, model: nn.Module, columns: Sequence[int] | None, precision: str) -> None:
+    def __init__(self, model: nn.Module, columns: Sequence[int] | None) -> None:
         super().__init__()
         self.model = model
-        self.dtype = _DTYPES[precision]
+        self.dtype: torch.dtype | None = None
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,11 +128,10 @@ def load_classifier(
     position = {known: i for i, known in enumerate(own)}
     order = [position[wish] for wish in wanted]
     gathered = None if order == list(range(len(own))) else order
-    module = _Frozen(model, gathered, precision).eval().requires_grad_(False).to(device)
-    if precision != "fp32":
-        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = _Frozen(model, gathered).eval().requires_grad_(False).to(device)
     spec = hashlib.sha256(json.dumps([described, own, size, precision], sort_keys=True).encode()).hexdigest()
     teacher = ClassTeacher(module, name, digest, spec, tuple(wanted))
+    teacher.run_in(_DTYPES[precision])
     _probe(teacher, size, device)
     return teacher
 

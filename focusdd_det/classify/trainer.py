@@ -385,6 +385,9 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             self.teacher.module.to(self.device)
         with local_amp_check(class_scores, int(self.args.imgsz)):
             super()._setup_train()
+        if self.teacher is not None and self.device.type == "cuda":  # in the precision of the student's forward
+            mixed = torch.bfloat16 if self.args.amp == "bf16" else torch.float16
+            self.teacher.run_in(mixed if self.amp else None)
         if RANK in {-1, 0}:
             if self.store is not None:
                 LOGGER.info(
