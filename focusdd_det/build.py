@@ -27,20 +27,20 @@ from focusdd_det.composites import Bench, compose_all
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
-from focusdd_det.gallery import NAME as GALLERY
-from focusdd_det.gallery import write_gallery
 from focusdd_det.labelling import ClassLabels, Labeller, TeacherBoxes
-from focusdd_det.looking import score_all
 from focusdd_det.methods import Method
 from focusdd_det.plan import Plan, make_plan, method_of
 from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.report import card, contact_sheet
-from focusdd_det.scores import ScoreStore
-from focusdd_det.screening import Screen, screen_precision
+from focusdd_det.scoring.looking import score_all
+from focusdd_det.scoring.scores import ScoreStore
+from focusdd_det.scoring.screening import Screen, screen_precision
+from focusdd_det.scoring.window_judge import WindowJudge
 from focusdd_det.selector import Selector, in_precision, load_selector, precision_of, token_grid
+from focusdd_det.showing.gallery import NAME as GALLERY
+from focusdd_det.showing.gallery import write_gallery
 from focusdd_det.teacher import load_detector
-from focusdd_det.window_judge import WindowJudge
 
 log = logging.getLogger("focusdd")
 

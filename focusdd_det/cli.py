@@ -179,9 +179,9 @@ def sheet_command(argv: Sequence[str]) -> int:
     options = parse_tokens(argv[1:], hints, {})
     if set(options) - set(hints):
         raise ConfigError(f"sheet: unknown option {sorted(set(options) - set(hints))}; expected out, count, columns")
-    from focusdd_det.decode import BadImage
     from focusdd_det.detset import read_data_yaml, read_manifest, write_atomic
     from focusdd_det.report import contact_sheet
+    from focusdd_det.scoring.decode import BadImage
 
     folder = Path(argv[0])
     out = Path(str(options.get("out", "contact_sheet.jpg")))
@@ -205,8 +205,8 @@ def sheet_command(argv: Sequence[str]) -> int:
 
 def detect_command(argv: Sequence[str]) -> int | None:
     """`focusdd detect targets|train|val ...`."""
-    from focusdd_det import detect_cli
-    from focusdd_det.store_targets import store_command
+    from focusdd_det.training import command as detect_cli
+    from focusdd_det.training.store_targets import store_command
 
     return _mode("detect", {"targets": store_command, "train": detect_cli.train, "val": detect_cli.val_coco}, argv)
 
@@ -244,17 +244,17 @@ COMMANDS: dict[str, Command | str] = {  # a text: module:function, imported when
     "classify": classify_command,
     "verify": verify_command,
     "sheet": sheet_command,
-    "grids": "focusdd_det.size_match:grids_command",
-    "explain": "focusdd_det.explain_cli:explain_command",
+    "grids": "focusdd_det.stats.size_match:grids_command",
+    "explain": "focusdd_det.showing.command:explain_command",
     **{
         name: f"focusdd_det.interop.commands:{name}_command"
         for name in ("export", "annotations", "pack", "unpack", "card")
     },
     "stats": "focusdd_det.stats.command:stats_command",
-    "map": "focusdd_det.map_audit:map_command",
+    "map": "focusdd_det.maps.audit:map_command",
     "experiment": "focusdd_det.experiment.command:experiment_command",
     "bench": "focusdd_det.bench.command:bench_command",
-    "gallery": "focusdd_det.gallery:gallery_command",
+    "gallery": "focusdd_det.showing.gallery:gallery_command",
 }
 
 

@@ -28,8 +28,8 @@ from ultralytics.utils import DEFAULT_CFG, TQDM, nms, ops
 
 from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, WeightsError
-from focusdd_det.replay import CleanDataset, refuse_cut_jpegs
 from focusdd_det.teacher import STRIDE, safe_checkpoint
+from focusdd_det.training.replay import CleanDataset, refuse_cut_jpegs
 
 EVALUATOR = "pycocotools"
 # name -> (precision or recall, IoU or None for 0.50:0.95, area, detections per picture): COCO's twelve numbers.

@@ -22,21 +22,21 @@ from typing import Any
 import numpy as np
 
 from focusdd_det import detset
-from focusdd_det.bad_sources import Judged
 from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, resize
 from focusdd_det.config import SetConfig
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
-from focusdd_det.glance import UNREADABLE
 from focusdd_det.labelling import Labeller, Look
 from focusdd_det.layouts import Layouts, cell_sizes
 from focusdd_det.methods import Method
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.progress import progress_bar
 from focusdd_det.ranking import Ranking, rank
-from focusdd_det.scores import Row, ScoreStore
-from focusdd_det.screening import Screen, unsettled
+from focusdd_det.scoring.bad_sources import Judged
+from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.glance import UNREADABLE
+from focusdd_det.scoring.scores import Row, ScoreStore
+from focusdd_det.scoring.screening import Screen, unsettled
 from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal
 from focusdd_det.sources import Root, locate

@@ -13,7 +13,6 @@ import numpy as np
 
 from focusdd_det.compose import letterbox
 from focusdd_det.config import BuildConfig
-from focusdd_det.decode import decode
 from focusdd_det.detset import Cell, Item, part_path, soft_bytes
 from focusdd_det.labels import (
     carry,
@@ -27,6 +26,7 @@ from focusdd_det.labels import (
     settle_contradictions,
 )
 from focusdd_det.layouts import squares
+from focusdd_det.scoring.decode import decode
 from focusdd_det.teacher import Detector
 from focusdd_det.types import Crop, Detections, Image
 

@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 
 from focusdd_det.compose import encode_jpeg, encode_png, resize
-from focusdd_det.decode import decode
 from focusdd_det.detset import Cell, Item, part_path
 from focusdd_det.labels import parse_rows
+from focusdd_det.scoring.decode import decode
 from focusdd_det.types import Image
 
 if TYPE_CHECKING:

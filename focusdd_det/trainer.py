@@ -23,14 +23,16 @@ from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
-from focusdd_det import __version__, coco_eval, exact_resume
-from focusdd_det.aside import Aside, Begun
+from focusdd_det import __version__, coco_eval
 from focusdd_det.detset import write_atomic
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
-from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
-from focusdd_det.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
-from focusdd_det.run_files import (
+from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
+from focusdd_det.training import exact_resume
+from focusdd_det.training.aside import Aside, Begun
+from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
+from focusdd_det.training.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
+from focusdd_det.training.run_files import (
     WholePath,
     checkpoint_argument,
     cut_results,
@@ -40,11 +42,10 @@ from focusdd_det.run_files import (
     strip,
     student_head,
 )
-from focusdd_det.run_guard import guarded
-from focusdd_det.supervision import TEACHER_KEY, Options, build_criterion
-from focusdd_det.targets import VIEWS, TargetStore
-from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
-from focusdd_det.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
+from focusdd_det.training.run_guard import guarded
+from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion
+from focusdd_det.training.targets import VIEWS, TargetStore
+from focusdd_det.training.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
 
 ORIGIN_KEY = "focusdd_origin"  # hashes of the set, the teacher, its stored targets; kept in the checkpoint
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)

@@ -12,11 +12,11 @@ import torch
 from conftest import save_detector
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from focusdd_det.aside import Aside, Begun
 from focusdd_det.losses import supervision_terms
-from focusdd_det.sparse_heads import sparse_supervision_terms, thin
 from focusdd_det.teacher import load_detector
 from focusdd_det.trainer import all_finite
+from focusdd_det.training.aside import Aside, Begun
+from focusdd_det.training.sparse_heads import sparse_supervision_terms, thin
 
 
 def test_on_a_cpu_it_is_simply_done() -> None:

@@ -17,7 +17,7 @@ from focusdd_det.bench import scaling
 from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
-from focusdd_det.decode import decode, upright_jpeg
+from focusdd_det.scoring.decode import decode, upright_jpeg
 
 
 @pytest.fixture
@@ -38,7 +38,10 @@ def test_drawn_sources_are_different_files_of_the_usual_size(tmp_path: Path) -> 
     assert decode(data[0], 112)[0].shape == (188, 250, 3)
 
 
-def test_a_build_is_measured_beside_its_floor(options: BenchOptions, tmp_path: Path) -> None:
+def test_a_build_is_measured_beside_its_floor(
+    options: BenchOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_build, "precision_of", lambda *_: "bf16")  # whatever this machine would take
     result = bench_build.measure(options, tmp_path)
     assert json.loads(json.dumps(result)) == result
     assert {"decode alone", "ViT alone, fp32", "scoring, fp32", "straightforward loop (fp32)"} <= set(result["seconds"])

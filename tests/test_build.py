@@ -147,8 +147,8 @@ def test_other_seeds_and_methods_give_other_sets(made: Path, bench: Path, tmp_pa
 
 def test_the_best_scored_sources_become_key_patches(made: Path, bench: Path) -> None:
     """Recompute S for every source with the ViT by itself and compare with the manifest."""
-    from focusdd_det.decode import decode
-    from focusdd_det.glance import view_pixels
+    from focusdd_det.scoring.decode import decode
+    from focusdd_det.scoring.glance import view_pixels
     from focusdd_det.selector import load_selector
     from focusdd_det.windows import best_windows, realism
 

@@ -18,11 +18,11 @@ from torchvision.datasets import ImageFolder
 from focusdd_det import detset
 from focusdd_det.build import build, load_class_config
 from focusdd_det.cli import build_cls_command, run_main
-from focusdd_det.decode import decode
 from focusdd_det.detset import read_manifest, verify
 from focusdd_det.errors import ConfigError, DataError, FocusDDError, VerifyError
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
+from focusdd_det.scoring.decode import decode
 
 CLASSES = ("n01", "n02", "n03")
 HUE = {"n01": (200, 40, 40), "n02": (40, 200, 40), "n03": (40, 40, 200)}
@@ -82,7 +82,7 @@ def test_composites_lie_in_class_folders_that_stock_loaders_read(made: Path) -> 
 
 
 def test_p_is_that_of_the_source_s_class_whatever_the_selector_s_order(bench: Path, made: Path) -> None:
-    from focusdd_det.glance import view_pixels
+    from focusdd_det.scoring.glance import view_pixels
     from focusdd_det.selector import load_selector
 
     vit = load_selector(str(bench / "vit.json"), None)
@@ -170,7 +170,7 @@ def test_random_pictures_are_whole_and_one_to_a_composite(bench: Path, tmp_path:
 
 
 def test_realism_takes_the_crop_that_the_classifier_is_surest_of(bench: Path, tmp_path: Path) -> None:
-    from focusdd_det.glance import view_pixels
+    from focusdd_det.scoring.glance import view_pixels
     from focusdd_det.selector import load_selector
 
     config = load_class_config(sources=["x"], seed=0)

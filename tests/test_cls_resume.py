@@ -30,7 +30,7 @@ from focusdd_det.classify.subsets import Subsets, SubsetSampler, SubsetViews
 from focusdd_det.classify.trainer import FocusDDClassificationTrainer
 from focusdd_det.classify.views import ViewDataset, ViewSettings
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
-from focusdd_det.replay import replay_loader
+from focusdd_det.training.replay import replay_loader
 
 
 @pytest.fixture(scope="module")

@@ -27,12 +27,12 @@ from safetensors.torch import load_file
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from focusdd_det import exact_resume
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import read_class_set
 from focusdd_det.classify.teacher import load_classifier
 from focusdd_det.classify.trainer import OWN_KEYS, FocusDDClassificationTrainer
 from focusdd_det.errors import ConfigError, DataError, FocusDDError, WeightsError
+from focusdd_det.training import exact_resume
 
 
 @pytest.fixture(scope="module")

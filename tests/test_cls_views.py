@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.views import EvalDataset, Pictures, ViewDataset, ViewSettings, ahead, draw, render, share
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.replay import EpochSampler
+from focusdd_det.training.replay import EpochSampler
 
 SETTINGS = ViewSettings(32)
 KEYS = [f"{i:040x}" for i in range(9)]

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from focusdd_det.decode import BadImage, decode, upright_jpeg
-from focusdd_det.glance import view_pixels
+from focusdd_det.scoring.decode import BadImage, decode, upright_jpeg
+from focusdd_det.scoring.glance import view_pixels
 
 
 def scene(width: int = 160, height: int = 120) -> np.ndarray:
@@ -173,7 +173,7 @@ def test_pillows_way_and_the_short_one_give_the_same(least_side: int | None, mon
     pictures = [encoded(scene(), quality=q, subsampling=s) for q in (30, 95) for s in (0, 1, 2)]
     pictures += [encoded(scene()[..., 0]), encoded(scene(), progressive=True)]
     short = [decode(data, least_side) for data in pictures]
-    monkeypatch.setattr("focusdd_det.decode.upright_jpeg", lambda _: None)
+    monkeypatch.setattr("focusdd_det.scoring.decode.upright_jpeg", lambda _: None)
     for data, (pixels, width, height) in zip(pictures, short, strict=True):
         expected = decode(data, least_side)
         assert (width, height) == expected[1:]

@@ -16,11 +16,11 @@ import cv2
 import numpy as np
 import pytest
 
-from focusdd_det import decoding
 from focusdd_det.build import load_config
-from focusdd_det.decoding import Task, choose, in_processes, in_threads
 from focusdd_det.errors import FocusDDError
-from focusdd_det.glance import Glance, Known, Whole, glance
+from focusdd_det.scoring import decoding
+from focusdd_det.scoring.decoding import Task, choose, in_processes, in_threads
+from focusdd_det.scoring.glance import Glance, Known, Whole, glance
 from focusdd_det.sources import Located, Root, stream
 
 VIEW = 32
@@ -120,12 +120,12 @@ def test_known_contents_are_not_decoded(pictures: Path) -> None:
 
 def test_a_process_that_only_decodes_has_no_torch() -> None:
     """300 MB and seconds each."""
-    from focusdd_det import decoding
+    from focusdd_det.scoring import decoding
 
-    end = "from focusdd_det.decoding import serve"
+    end = "from focusdd_det.scoring.decoding import serve"
     assert end in decoding._BEGIN
     code = decoding._BEGIN.partition(end)[0] + end + "; print([m for m in sys.modules if m in ('torch', 'timm')])"
-    package = str(Path(decoding.__file__).parent)
+    package = str(Path(decoding.__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code, package], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -149,7 +149,7 @@ def test_an_unforeseen_error_in_a_process_is_told_like_one_in_a_thread(pictures:
 
 
 def test_a_process_that_cannot_start_is_told(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusdd_det.decoding._BEGIN", "raise SystemExit('no such thing')")
+    monkeypatch.setattr("focusdd_det.scoring.decoding._BEGIN", "raise SystemExit('no such thing')")
     with pytest.raises(FocusDDError, match=r"could not start \(exit status 1\).*loader=threads"):
         seen(in_processes(sources(pictures), task(), 2, DEPTH))
 
@@ -161,7 +161,7 @@ from itertools import chain
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_decoding as t
-from focusdd_det.decoding import in_processes
+from focusdd_det.scoring.decoding import in_processes
 signal.signal(signal.SIGINT, signal.default_int_handler)
 endless = chain.from_iterable(t.sources(Path({top!r})) for _ in range(10**6))
 for i, _ in enumerate(in_processes(endless, t.task(), 2, t.DEPTH)):

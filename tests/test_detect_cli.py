@@ -12,10 +12,10 @@ import yaml
 from conftest import REPOSITORY, tiny_yaml
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from focusdd_det import detect_cli
 from focusdd_det.cli import main, run_main
 from focusdd_det.errors import ConfigError
-from focusdd_det.supervision import Options
+from focusdd_det.training import command as detect_cli
+from focusdd_det.training.supervision import Options
 
 KNOWN: dict[str, Any] = {**DEFAULT_CFG_DICT, **dict.fromkeys(Options.keys()), "dry_run": False}
 
@@ -169,7 +169,7 @@ def test_tools_are_thin() -> None:
 def test_every_key_of_ultralytics_in_both_spellings() -> None:
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    from focusdd_det.detect_cli import parse
+    from focusdd_det.training.command import parse
 
     for key, default in DEFAULT_CFG_DICT.items():
         value = "False" if isinstance(default, bool) else "0.5"

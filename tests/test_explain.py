@@ -16,14 +16,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_backbones import mine
 
-from focusdd_det import explain_cli, plugins
+from focusdd_det import plugins
 from focusdd_det.backbones import BACKBONES
 from focusdd_det.build import build, load_class_config, load_config
 from focusdd_det.cli import main
 from focusdd_det.detset import read_manifest, verify
-from focusdd_det.explain import Explained, Finding, explain, outputs_of
-from focusdd_det.explain_draw import overlay
 from focusdd_det.selector import load_selector
+from focusdd_det.showing import command as explain_cli
+from focusdd_det.showing.draw import overlay
+from focusdd_det.showing.explain import Explained, Finding, explain, outputs_of
 from focusdd_det.types import Crop
 from focusdd_det.windows import view_of
 
@@ -264,7 +265,7 @@ def test_a_real_dog_is_where_the_attention_is(assets: Path, tmp_path: Path) -> N
 
 def test_p_of_a_pooled_class_is_rounded_as_in_a_build() -> None:
     """118 outputs of a thousand, such as dog: what a build sums are whole multiples of 1/65535."""
-    from focusdd_det.contents import STEPS, confidence, steps
+    from focusdd_det.scoring.contents import STEPS, confidence, steps
 
     table = steps(np.full((1, 1000), 0.001) + 0.2 / STEPS)
     own = list(range(118))

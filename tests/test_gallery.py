@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from focusdd_det import detset
 from focusdd_det.cli import main
-from focusdd_det.decode import decode
-from focusdd_det.gallery import NAME, write_gallery
-from focusdd_det.glance import view_pixels
+from focusdd_det.scoring.decode import decode
+from focusdd_det.scoring.glance import view_pixels
 from focusdd_det.selector import load_selector
+from focusdd_det.showing.gallery import NAME, write_gallery
 from focusdd_det.types import Detections
 
 EVIL = '</script><script>window.ran=1</script><img src=x onerror="window.ran=2">{BLOCKS}{SCRIPT}'

@@ -16,10 +16,10 @@ from test_build_cls import bench as cls_bench  # noqa: F401
 
 from focusdd_det import detset
 from focusdd_det.build import build, load_class_config, load_config
-from focusdd_det.decode import decode
 from focusdd_det.detset import read_manifest, verify
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.glance import grey_entropy, view_pixels
+from focusdd_det.scoring.decode import decode
+from focusdd_det.scoring.glance import grey_entropy, view_pixels
 from focusdd_det.selector import Selector
 
 LEAST = 3.2

@@ -15,13 +15,13 @@ import pytest
 import yaml
 from conftest import draw
 
-from focusdd_det import map_audit
 from focusdd_det.classmap import LEVELS, read_class_map, read_folder_map
 from focusdd_det.cli import main
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import WeightsError
-from focusdd_det.map_audit import best_boxes, read_looks
-from focusdd_det.map_suggestions import Tally, changes, once, report, suggested_levels, titles, wilson
+from focusdd_det.maps import audit as map_audit
+from focusdd_det.maps.audit import best_boxes, read_looks
+from focusdd_det.maps.suggestions import Tally, changes, once, report, suggested_levels, titles, wilson
 from focusdd_det.types import Detections
 
 DOG, CAT, BIRD = "n02085620", "n02123045", "n01530575"  # synsets of ImageNet-1K

@@ -16,10 +16,10 @@ from focusdd_det.config import cfg_dir
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.methods import METHODS, Base, by_clusters, by_herding, check_order, coresets, register, window_scores
 from focusdd_det.plan import method_of
+from focusdd_det.scoring.window_judge import WindowJudge, on_source
 from focusdd_det.select import Candidates
 from focusdd_det.selector import Selector
 from focusdd_det.types import Crop, Detections
-from focusdd_det.window_judge import WindowJudge, on_source
 from focusdd_det.windows import best_windows, least_windows, view_of
 
 NAMES = ("focusdd", "random", "whole", "herding", "kmeans", "realism", "min_as", "random_as", "teacher")

@@ -20,13 +20,13 @@ from test_build_cls import bench as cls_bench  # noqa: F401
 
 from focusdd_det import plugins
 from focusdd_det.build import load_config
-from focusdd_det.decode import decode
 from focusdd_det.detset import Item, read_manifest, verify
 from focusdd_det.errors import ConfigError, DiskError
-from focusdd_det.glance import view_pixels
 from focusdd_det.methods import METHODS, by_herding, window_scores
 from focusdd_det.plan import make_plan
-from focusdd_det.scores import ScoreStore
+from focusdd_det.scoring.decode import decode
+from focusdd_det.scoring.glance import view_pixels
+from focusdd_det.scoring.scores import ScoreStore
 from focusdd_det.selector import load_selector
 from focusdd_det.teacher import Detector, load_detector
 from focusdd_det.types import Detections

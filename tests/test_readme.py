@@ -25,9 +25,9 @@ from focusdd_det.classify.train_cli import train as train_cls
 from focusdd_det.classmap import find_map, read_class_map
 from focusdd_det.cli import build_cls_command, build_command, main, run_main
 from focusdd_det.config import cfg_dir
-from focusdd_det.detect_cli import train, val_coco
 from focusdd_det.detset import read_manifest, verify
-from focusdd_det.store_targets import store_command
+from focusdd_det.training.command import train, val_coco
+from focusdd_det.training.store_targets import store_command
 
 TOOLS: dict[str, Callable[[Sequence[str]], int]] = {
     "tools/build_det_set.py": build_command,
@@ -188,8 +188,8 @@ def test_every_command_of_the_readme_runs(
 
 def test_every_shipped_config_is_read_by_its_tool() -> None:
     from focusdd_det.build import load_class_config, load_config
-    from focusdd_det.detect_cli import train_overrides
-    from focusdd_det.store_targets import load_config as load_targets_config
+    from focusdd_det.training.command import train_overrides
+    from focusdd_det.training.store_targets import load_config as load_targets_config
 
     assert {p.name for p in cfg_dir().glob("*.yaml")} == {
         "build_det.yaml", "train_det.yaml", "coco_imagenet.yaml", "caltech101_coco.yaml", "imagenet_more_coco.yaml",

@@ -19,17 +19,18 @@ from conftest import draw
 from test_build import bench, make, options, tree  # noqa: F401
 from test_build_cls import bench as cls_bench  # noqa: F401
 
-from focusdd_det import composites, looking, screening
+from focusdd_det import composites
 from focusdd_det.build import build, load_config
 from focusdd_det.detset import read_manifest, verify
-from focusdd_det.deviations import Deviation, deviation, optimistic
 from focusdd_det.errors import DataError, WeightsError
 from focusdd_det.labelling import TeacherBoxes
 from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, FocusDD, monotone
 from focusdd_det.plan import Group, make_plan
 from focusdd_det.ranking import rank
-from focusdd_det.screening import screen_precision, screens, unsettled
+from focusdd_det.scoring import looking, screening
+from focusdd_det.scoring.deviations import Deviation, deviation, optimistic
+from focusdd_det.scoring.screening import screen_precision, screens, unsettled
 from focusdd_det.select import Candidates, ranked
 from focusdd_det.selector import Selector
 from focusdd_det.windows import realism
@@ -199,7 +200,7 @@ def test_the_choice_is_that_of_the_true_scores(more: dict[str, Any], seed: int) 
 
 
 def test_a_bound_that_is_too_small_is_what_the_test_above_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("focusdd_det.deviations.SAFETY", 0.0)
+    monkeypatch.setattr("focusdd_det.scoring.deviations.SAFETY", 0.0)
     config = load_config(sources=["x"], out="x", near_duplicate=0, ipc=6)
     different = 0
     for seed in range(8):

@@ -191,8 +191,8 @@ def test_weights_that_timm_fetched_before_need_no_download(tmp_path: Path, monke
 
 def test_deit_tiny_on_photographs(assets: Path) -> None:
     """The real checkpoint calls most of 40 Imagenette pictures by their right name."""
-    from focusdd_det.decode import decode
-    from focusdd_det.glance import view_pixels
+    from focusdd_det.scoring.decode import decode
+    from focusdd_det.scoring.glance import view_pixels
 
     weights = assets / "weights" / "deit_tiny_patch16_224.in1k.safetensors"
     selector = load_selector("deit_tiny_patch16_224", str(weights), precision="bf16")

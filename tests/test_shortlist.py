@@ -12,14 +12,15 @@ import pytest
 from test_build import bench, make, tree  # noqa: F401
 from test_screening import many  # noqa: F401
 
-from focusdd_det import composites, ranking, scores
+from focusdd_det import composites, ranking
 from focusdd_det.build import load_config
 from focusdd_det.errors import DiskError
 from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, FocusDD, is_monotone
 from focusdd_det.plan import Group
 from focusdd_det.ranking import Ranking, rank
-from focusdd_det.scores import ScoreStore
+from focusdd_det.scoring import scores
+from focusdd_det.scoring.scores import ScoreStore
 from focusdd_det.select import Candidates, joined
 from focusdd_det.shortlist import shortlist
 

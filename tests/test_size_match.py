@@ -11,8 +11,8 @@ import pytest
 from focusdd_det.cli import main
 from focusdd_det.detset import read_manifest
 from focusdd_det.errors import ConfigError
-from focusdd_det.size_match import quantiles, sizes_in_cells, suggestions
 from focusdd_det.stats.reference import measure, read_boxes
+from focusdd_det.stats.size_match import quantiles, sizes_in_cells, suggestions
 
 
 def test_quantiles_weigh_boxes() -> None:

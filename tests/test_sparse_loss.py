@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from focusdd_det.losses import Supervision, bernoulli_kl, supervision_terms
-from focusdd_det.sparse_heads import join, sparse_supervision_terms, thin
+from focusdd_det.training.sparse_heads import join, sparse_supervision_terms, thin
 
 R = 4
 Head = dict[str, Tensor]

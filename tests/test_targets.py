@@ -25,17 +25,17 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from focusdd_det import sealed
 from focusdd_det.cli import main, run_main
 from focusdd_det.config import parse_tokens
-from focusdd_det.detect_cli import train
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
-from focusdd_det.replay import Pool, ReplayDataset, View, pooled, replay_loader, rewind
-from focusdd_det.run_files import student_head
-from focusdd_det.run_guard import guarded
-from focusdd_det.sparse_heads import thin
-from focusdd_det.store_targets import USAGE, TargetsConfig, load_config, store_command, store_targets, training
-from focusdd_det.supervision import TEACHER_KEY, Options
-from focusdd_det.targets import AUGMENTATION, KIND, VIEWS, TargetStore, epoch_name
 from focusdd_det.teacher import load_detector
 from focusdd_det.trainer import FocusDDTrainer, add_stored_heads
+from focusdd_det.training.command import train
+from focusdd_det.training.replay import Pool, ReplayDataset, View, pooled, replay_loader, rewind
+from focusdd_det.training.run_files import student_head
+from focusdd_det.training.run_guard import guarded
+from focusdd_det.training.sparse_heads import thin
+from focusdd_det.training.store_targets import USAGE, TargetsConfig, load_config, store_command, store_targets, training
+from focusdd_det.training.supervision import TEACHER_KEY, Options
+from focusdd_det.training.targets import AUGMENTATION, KIND, VIEWS, TargetStore, epoch_name
 
 FLOOR, TOPK, POOL = 0.8, 2, 4  # the tiny teacher is sure of much: at 0.8 some anchors are left out
 VIEW = {"imgsz": 64, "seed": 0, "degrees": 10.0, "shear": 2.0, "flipud": 0.2, "mixup": 0.2}  # mosaic, HSV: the usual

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from focusdd_det import exact_resume, supervision
-from focusdd_det.detect_cli import plan, train_overrides
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.experiment.child import state_of
-from focusdd_det.replay import EpochSampler, ReplayDataset, replay_loader
-from focusdd_det.supervision import Options
 from focusdd_det.trainer import OWN_KEYS, FocusDDTrainer
+from focusdd_det.training import exact_resume, supervision
+from focusdd_det.training.command import plan, train_overrides
+from focusdd_det.training.replay import EpochSampler, ReplayDataset, replay_loader
+from focusdd_det.training.supervision import Options
 
 
 def options(tmp_path: Path, data: Path, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ python tools/store_targets.py data=datasets/focusdd teacher=yolo11x.pt pool=20 -
 """
 
 from focusdd_det.cli import run_main
-from focusdd_det.store_targets import store_command
+from focusdd_det.training.store_targets import store_command
 
 if __name__ == "__main__":
     raise SystemExit(run_main(store_command))

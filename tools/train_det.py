@@ -5,7 +5,7 @@ python tools/train_det.py resume=runs/detect/train/weights/last.pt
 """
 
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import train
+from focusdd_det.training.command import train
 
 if __name__ == "__main__":
     raise SystemExit(run_main(train))

@@ -5,7 +5,7 @@ python tools/val_coco.py model=best.pt data=coco.yaml set=datasets/focusdd
 """
 
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import val_coco
+from focusdd_det.training.command import val_coco
 
 if __name__ == "__main__":
     raise SystemExit(run_main(val_coco))

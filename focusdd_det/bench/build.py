@@ -27,18 +27,18 @@ from focusdd_det.bench.pictures import Bench, prepare
 from focusdd_det.bench.timing import compare, quantile, ratio, together
 from focusdd_det.build import _columns, build
 from focusdd_det.compose import assemble, cut, encode_jpeg
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import write_atomic
 from focusdd_det.devices import device_of
-from focusdd_det.glance import difference_hash, glance, view_pixels
 from focusdd_det.layouts import Layout
-from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import Group, Plan, layouts_of, make_plan
 from focusdd_det.progress import progress_bar
 from focusdd_det.ranking import rank
-from focusdd_det.scores import ScoreStore
-from focusdd_det.screening import WORTH, Screen
+from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.glance import difference_hash, glance, view_pixels
+from focusdd_det.scoring.looking import score_all
+from focusdd_det.scoring.scores import ScoreStore
+from focusdd_det.scoring.screening import WORTH, Screen
 from focusdd_det.select import Candidates, joined, proposals
 from focusdd_det.selector import Selector, in_precision, load_selector, precision_of
 from focusdd_det.sources import Located

@@ -22,10 +22,10 @@ from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.build import _columns, build
 from focusdd_det.config import BuildConfig
 from focusdd_det.devices import device_of, processors
-from focusdd_det.looking import score_all
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
-from focusdd_det.scores import ScoreStore
+from focusdd_det.scoring.looking import score_all
+from focusdd_det.scoring.scores import ScoreStore
 from focusdd_det.selector import load_selector, token_grid
 
 SMALL = (160, 120)  # px; what is measured is how the cost grows, not how large it is

@@ -25,11 +25,11 @@ from focusdd_det.demo.scenes import plan_many, render
 from focusdd_det.demo.write import encode_jpeg, yolo_labels
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.losses import ONE2MANY
-from focusdd_det.precision import local_amp_check
 from focusdd_det.progress import progress_bar
-from focusdd_det.store_targets import load_config, store_targets
 from focusdd_det.teacher import load_detector, resolve_weights, safe_checkpoint, safe_ultralytics
 from focusdd_det.trainer import FocusDDTrainer, add_stored_heads
+from focusdd_det.training.precision import local_amp_check
+from focusdd_det.training.store_targets import load_config, store_targets
 
 FRESH = "yolo11n.yaml"  # the teacher where none is named
 BATCHES = 2  # different ones, taken in turns

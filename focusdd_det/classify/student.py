@@ -14,10 +14,10 @@ from ultralytics.utils.checks import check_model_file_from_stem
 from focusdd_det.classify.nets import Classifier, Net, load_weights, make_net, net_of_spec, outputs_in, read_spec
 from focusdd_det.config import cfg_dir
 from focusdd_det.errors import ConfigError, WeightsError
-from focusdd_det.replay import seeded
 from focusdd_det.seeds import seed_of
 from focusdd_det.selector import read_state
 from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
+from focusdd_det.training.replay import seeded
 
 OWN_WEIGHTS = "imagenet"  # weights=imagenet: those that the library publishes
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, draw
-from focusdd_det.replay import EpochSampler
 from focusdd_det.seeds import seed_of
+from focusdd_det.training.replay import EpochSampler
 from focusdd_det.types import Image
 
 

@@ -11,8 +11,8 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from focusdd_det.classify.options import Options
 from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
-from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown
 from focusdd_det.errors import Interrupted
+from focusdd_det.training.command import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown
 
 SHIPPED = "train_cls.yaml"
 

@@ -29,7 +29,7 @@ from ultralytics.models.yolo.classify import ClassificationTrainer, Classificati
 from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import unwrap_model
 
-from focusdd_det import __version__, exact_resume
+from focusdd_det import __version__
 from focusdd_det.classify import nets
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import ClassSet, read_class_set
@@ -41,10 +41,11 @@ from focusdd_det.classify.views import EvalDataset, ViewDataset, ViewSettings
 from focusdd_det.config import cfg_dir, read_yaml
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, FocusDDError, VerifyError, WeightsError
-from focusdd_det.precision import bf16_on_cpu, class_scores, local_amp_check
-from focusdd_det.replay import replay_loader
-from focusdd_det.run_files import cut_results, find_last
-from focusdd_det.run_guard import guarded
+from focusdd_det.training import exact_resume
+from focusdd_det.training.precision import bf16_on_cpu, class_scores, local_amp_check
+from focusdd_det.training.replay import replay_loader
+from focusdd_det.training.run_files import cut_results, find_last
+from focusdd_det.training.run_guard import guarded
 
 if TYPE_CHECKING:
     from focusdd_det.classify.store import LogitStore

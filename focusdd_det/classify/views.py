@@ -27,8 +27,8 @@ from torch.utils.data import Dataset
 
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.compose import resize
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError, DataError, VerifyError
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.seeds import seed_of
 from focusdd_det.types import Image
 

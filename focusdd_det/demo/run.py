@@ -202,7 +202,7 @@ def _own_val(val: Path) -> tuple[Path, Any]:
     """COCO annotations and where their pictures are."""
     if val.suffix in (".yaml", ".yml"):
         from focusdd_det.coco_eval import usual_annotations
-        from focusdd_det.traindata import load_yolo_data, resolve_data
+        from focusdd_det.training.traindata import load_yolo_data, resolve_data
 
         data = load_yolo_data(resolve_data(val).yaml, "val")
         found = usual_annotations(data)

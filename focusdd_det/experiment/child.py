@@ -81,7 +81,7 @@ def state_of(run: Path, command: str) -> str:
     Args:
         command: detect, classify or distill. Stock distillation keeps nothing that it could go on from exactly.
     """
-    from focusdd_det.exact_resume import TENSORS
+    from focusdd_det.training.exact_resume import TENSORS
 
     last = run / "weights" / "last.pt"
     if not last.is_file():

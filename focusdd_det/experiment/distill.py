@@ -19,14 +19,14 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from focusdd_det.config import read_yaml, suggest
-from focusdd_det.detect_cli import check_stock
 from focusdd_det.errors import ConfigError
-from focusdd_det.precision import bf16_on_cpu, check_precision, local_amp_check
-from focusdd_det.replay import CleanDataset
-from focusdd_det.run_files import WholePath, checkpoint_argument, model_argument, strip
-from focusdd_det.supervision import PRECISIONS, Options
 from focusdd_det.teacher import safe_ultralytics
-from focusdd_det.traindata import check_count, load_yolo_data, resolve_data
+from focusdd_det.training.command import check_stock
+from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check
+from focusdd_det.training.replay import CleanDataset
+from focusdd_det.training.run_files import WholePath, checkpoint_argument, model_argument, strip
+from focusdd_det.training.supervision import PRECISIONS, Options
+from focusdd_det.training.traindata import check_count, load_yolo_data, resolve_data
 
 LEFT_OUT = (*Options.keys(), "val")  # keys of ours, which stock Ultralytics does not know
 

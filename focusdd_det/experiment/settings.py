@@ -122,7 +122,7 @@ def uses_store(experiment: Experiment, train: Mapping[str, Any]) -> bool:
 
 def targets_settings(experiment: Experiment, arm: Arm, seed: int, train: Mapping[str, Any]) -> dict[str, Any]:
     """Keys of the storing of soft targets: the training's own views."""
-    from focusdd_det.targets import VIEWS
+    from focusdd_det.training.targets import VIEWS
 
     shipped = read_yaml(cfg_dir() / "store_targets.yaml")
     views = {key: train[key] for key in (*VIEWS, "close_mosaic") if key in train}
@@ -185,9 +185,9 @@ def _check_arm(experiment: Experiment, arm: Arm, seed: int) -> None:
 def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, Any]) -> None:
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, refuse_unknown
-    from focusdd_det.store_targets import load_config
-    from focusdd_det.supervision import Options
+    from focusdd_det.training.command import TRAIN_EXTRA, check_stock, refuse_unknown
+    from focusdd_det.training.store_targets import load_config
+    from focusdd_det.training.supervision import Options
 
     refuse_unknown(train, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}, "train: ")
     refuse_unknown(experiment.section("eval", arm), dict.fromkeys(EVAL_KEYS), "eval: ")
@@ -208,7 +208,7 @@ def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str
 
     from focusdd_det.classify.options import Options
     from focusdd_det.classify.relabel import load_config
-    from focusdd_det.detect_cli import TRAIN_EXTRA, check_stock, refuse_unknown
+    from focusdd_det.training.command import TRAIN_EXTRA, check_stock, refuse_unknown
 
     refuse_unknown(train, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}, "train: ")
     refuse_unknown(experiment.section("eval", arm), {"data": None}, "eval: ")

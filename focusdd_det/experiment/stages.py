@@ -51,7 +51,7 @@ from focusdd_det.methods import METHODS
 from focusdd_det.plan import source_entry
 from focusdd_det.sources import tar_members
 from focusdd_det.teacher import resolve_weights
-from focusdd_det.traindata import load_yolo_data, resolve_data
+from focusdd_det.training.traindata import load_yolo_data, resolve_data
 
 KINDS = ("build", "targets", "relabel", "train", "distill", "eval")
 PLACES = ("sets", "stores", "runs", "evals", "scores", "stages")

@@ -25,8 +25,8 @@ from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.interop.coco import boxes_of, categories, json_pieces, record
 from focusdd_det.interop.folders import new_folder, require_space
 from focusdd_det.labels import parse_rows
-from focusdd_det.replay import refuse_cut_jpegs
-from focusdd_det.traindata import SPLITS, load_yolo_data, resolve_data
+from focusdd_det.training.replay import refuse_cut_jpegs
+from focusdd_det.training.traindata import SPLITS, load_yolo_data, resolve_data
 
 _SHOWN = 10  # of a list of problems
 

@@ -17,12 +17,12 @@ from focusdd_det import detset
 from focusdd_det.classify.views import ahead
 from focusdd_det.compose import resize
 from focusdd_det.config import read_yaml
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Item
 from focusdd_det.errors import DataError, VerifyError
-from focusdd_det.glance import difference_hash
 from focusdd_det.labels import parse_rows
 from focusdd_det.progress import progress_bar
+from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.glance import difference_hash
 from focusdd_det.selector import Selector
 from focusdd_det.stats.features import pooled
 from focusdd_det.stats.sizes import Doubles, cells_with_a_box, covered_area, relative_sizes

@@ -17,11 +17,11 @@ from torch import Tensor
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 
 from focusdd_det.compose import resize
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Item, part_path, read_data_yaml, read_manifest
 from focusdd_det.errors import VerifyError, WeightsError
 from focusdd_det.labels import parse_rows
 from focusdd_det.progress import progress_bar
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.stats.curvature import Sharpness
 from focusdd_det.stats.hessian import hessian_trace
 from focusdd_det.teacher import STRIDE, safe_checkpoint, safe_read

@@ -13,8 +13,8 @@ from conftest import save_detector, write_coco
 
 from focusdd_det import coco_eval
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import val_coco
 from focusdd_det.errors import DataError, WeightsError
+from focusdd_det.training.command import val_coco
 
 
 @pytest.fixture

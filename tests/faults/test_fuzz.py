@@ -16,10 +16,10 @@ import pytest
 from focusdd_det.build import load_config
 from focusdd_det.classmap import read_class_map, read_folder_map
 from focusdd_det.config import read_yaml
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import is_ours, read_data_yaml, read_manifest, read_soft, verify
 from focusdd_det.errors import FocusDDError
 from focusdd_det.labels import parse_rows
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.sources import Root, folder_names, stream
 
 SECONDS = float(os.environ.get("FOCUSDD_FUZZ_SECONDS", "0.5"))  # for each reader

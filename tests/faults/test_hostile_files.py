@@ -216,7 +216,7 @@ def test_a_set_from_outside_that_names_a_plugin_is_only_explained(
     import yaml
 
     from focusdd_det.cli import main
-    from focusdd_det.explain_cli import _settings
+    from focusdd_det.showing.command import _settings
 
     folder = shutil.copytree(unbroken, tmp_path / "set")
     (tmp_path / "plugin.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\n")

@@ -18,14 +18,14 @@ import pytest
 from PIL import Image as PILImage
 
 import focusdd_det.composites
-import focusdd_det.glance
-import focusdd_det.scores
+import focusdd_det.scoring.glance
+import focusdd_det.scoring.scores
 from faults.support import FOLDERS, Workshop, tree, write_picture, write_sources
 from focusdd_det.build import load_config
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import read_manifest, verify
 from focusdd_det.errors import DataError, FocusDDError
 from focusdd_det.methods import METHODS
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.sources import Root, stream
 
 RNG = np.random.default_rng(0)
@@ -252,7 +252,7 @@ def test_permission_denied(tmp_path: Path) -> None:
     if user == 0:
         os.seteuid(65534)
     try:
-        reason = focusdd_det.glance.glance(located, 32, METHODS["focusdd"], config)
+        reason = focusdd_det.scoring.glance.glance(located, 32, METHODS["focusdd"], config)
     finally:
         os.seteuid(user)
     assert reason == "unreadable: Permission denied"
@@ -263,7 +263,7 @@ def test_the_source_folder_disappears_in_the_middle(
 ) -> None:
     """An unmounted disk is no reason to quarantine everything on it; brought back, the build goes on."""
     sources = shutil.copytree(workshop.sources, tmp_path / "sources")
-    real = focusdd_det.scores.ScoreStore.blocks
+    real = focusdd_det.scoring.scores.ScoreStore.blocks
 
     def unmount(*args: object) -> object:
         if (sources / "star").is_dir() and args[1] == "étoile bleue":
@@ -271,7 +271,7 @@ def test_the_source_folder_disappears_in_the_middle(
         return real(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(focusdd_det.scores.ScoreStore, "blocks", unmount)
+        patch.setattr(focusdd_det.scoring.scores.ScoreStore, "blocks", unmount)
         with pytest.raises(DataError, match="is the disk still there"):
             workshop.build(tmp_path / "set", sources=[str(sources)])
     (tmp_path / "unmounted").rename(sources / "star")
@@ -289,7 +289,7 @@ def test_a_thread_that_dies_ends_the_build_by_name(
 
     with monkeypatch.context() as patch:
         module, name = (
-            (focusdd_det.glance, "view_pixels") if where == "decode" else (focusdd_det.composites, "assemble")
+            (focusdd_det.scoring.glance, "view_pixels") if where == "decode" else (focusdd_det.composites, "assemble")
         )
         patch.setattr(module, name, die)
         message = "ball/|star/|kite/" if where == "decode" else "composite 0 of ball could not be cut"

@@ -16,11 +16,12 @@ from conftest import NAMES, write_coco, write_set
 
 from faults.support import flip
 from faults.training import files_of, options, rows
-from focusdd_det import detset, traindata
+from focusdd_det import detset
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import train
 from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.trainer import FocusDDTrainer
+from focusdd_det.training import traindata
+from focusdd_det.training.command import train
 
 Damage = Callable[[Path], Path]
 IMAGE, LABEL, SOFT = "images/train/disc-0000.jpg", "labels/train/disc-0000.txt", "soft/train/disc-0000.safetensors"

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 from faults.training import equal_runs, options, words
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import train
+from focusdd_det.training.command import train
 
 SITECUSTOMIZE = """
 import socket

@@ -15,12 +15,12 @@ from conftest import save_detector, tiny_yaml, write_set
 
 from faults.support import flip
 from faults.training import equal_runs, options, rows, weights, words
-from focusdd_det import exact_resume
 from focusdd_det.cli import run_main
-from focusdd_det.detect_cli import train
 from focusdd_det.errors import FocusDDError, VerifyError, WeightsError
-from focusdd_det.run_files import cut_results
 from focusdd_det.trainer import FocusDDTrainer
+from focusdd_det.training import exact_resume
+from focusdd_det.training.command import train
+from focusdd_det.training.run_files import cut_results
 
 
 class Bomb:

@@ -77,7 +77,7 @@ def main(argv: list[str], logs: str, fault: child.Fault, moment: Moment) -> None
     from ultralytics.utils.callbacks import default_callbacks
 
     from focusdd_det.cli import run_main
-    from focusdd_det.detect_cli import train
+    from focusdd_det.training.command import train
 
     tqdm.set_lock(threading.RLock())  # its own one is a semaphore that outlives a killed process
     default_callbacks["on_pretrain_routine_start"].append(lambda trainer: _workers(trainer, moment))

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from focusdd_det.config import SetConfig
-from focusdd_det.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
-from focusdd_det.glance import Glance, Known, glance
 from focusdd_det.methods import Method
-from focusdd_det.scores import ScoreStore
+from focusdd_det.scoring.decoding import Outcome, Task, choose, in_processes, in_threads, in_turns
+from focusdd_det.scoring.glance import Glance, Known, glance
+from focusdd_det.scoring.scores import ScoreStore
 from focusdd_det.sources import Located
 
 _COMMIT = 2.0  # seconds between two commits

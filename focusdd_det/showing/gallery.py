@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from focusdd_det.compose import encode_jpeg, resize
 from focusdd_det.config import parse_tokens, parse_yaml, suggest, wants_help
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import (
     Cell,
     Item,
@@ -39,9 +38,10 @@ from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, VerifyError
 from focusdd_det.labels import parse_rows
 from focusdd_det.progress import progress_bar
+from focusdd_det.scoring.decode import BadImage, decode
 
 if TYPE_CHECKING:
-    from focusdd_det.source_maps import SourceMap, SourceMaps
+    from focusdd_det.showing.source_maps import SourceMap, SourceMaps
 
 log = logging.getLogger("focusdd")
 NAME = "gallery.html"
@@ -89,7 +89,7 @@ def gallery_command(argv: Sequence[str]) -> int:
     maps = None
     asked = {key: options[key] for key in ("sources", "selector", "selector_weights") if options.get(key) is not None}
     if asked:
-        from focusdd_det.source_maps import open_maps
+        from focusdd_det.showing.source_maps import open_maps
 
         sources = asked.get("sources", [])
         sources = [str(entry) for entry in (sources if isinstance(sources, list) else [sources])]

@@ -14,11 +14,11 @@ import torch
 
 from focusdd_det.classmap import find_map, imagenet_synsets, read_class_map
 from focusdd_det.config import BuildConfig, SetConfig, suggest
-from focusdd_det.contents import confidence, steps
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.errors import ConfigError
-from focusdd_det.glance import view_pixels
 from focusdd_det.methods import METHODS
+from focusdd_det.scoring.contents import confidence, steps
+from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.glance import view_pixels
 from focusdd_det.selector import Selector
 from focusdd_det.types import Crop, Floats, View
 from focusdd_det.windows import best_windows, realism, view_of, window_side

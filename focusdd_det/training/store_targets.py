@@ -29,13 +29,14 @@ from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import detset, sealed
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
-from focusdd_det.detect_cli import check_stock
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
-from focusdd_det.replay import Pool, ReplayDataset
-from focusdd_det.sparse_heads import SparseHeads, thin
-from focusdd_det.targets import (
+from focusdd_det.teacher import Detector, load_detector
+from focusdd_det.training.command import check_stock
+from focusdd_det.training.replay import Pool, ReplayDataset
+from focusdd_det.training.sparse_heads import SparseHeads, thin
+from focusdd_det.training.targets import (
     KIND,
     VIEWS,
     bytes_of_anchor,
@@ -44,8 +45,7 @@ from focusdd_det.targets import (
     pool_files,
     tensors_of,
 )
-from focusdd_det.teacher import Detector, load_detector
-from focusdd_det.traindata import TrainData, check_count, load_yolo_data, resolve_data
+from focusdd_det.training.traindata import TrainData, check_count, load_yolo_data, resolve_data
 
 log = logging.getLogger("focusdd")
 

@@ -22,7 +22,7 @@ from ultralytics.utils import DATASETS_DIR, LOGGER, RANK, ROOT, USER_CONFIG_DIR
 from focusdd_det import detset
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import ConfigError, DataError, VerifyError
-from focusdd_det.replay import CleanDataset
+from focusdd_det.training.replay import CleanDataset
 
 SPLITS = ("train", "val", "test")
 MANY = 1000  # composites from which checking them is announced, because it takes seconds

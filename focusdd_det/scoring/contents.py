@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det.glance import Known
+from focusdd_det.scoring.glance import Known
 
 STEPS = 65535  # probabilities are whole multiples of 1/65535, whether they come from the ViT or from the table
 _SCHEMA = """

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focusdd_det.bad_sources import Judged
-from focusdd_det.batches import Batch, Batches, Pixels, outcomes_of
 from focusdd_det.config import SetConfig
-from focusdd_det.contents import Content, confidence, steps
-from focusdd_det.deviations import Deviation, deviation
 from focusdd_det.errors import WeightsError
-from focusdd_det.glance import Glance, glance
 from focusdd_det.methods import REALISM_LEAST, Method
 from focusdd_det.plugins import content_of
-from focusdd_det.scores import ScoreStore
+from focusdd_det.scoring.bad_sources import Judged
+from focusdd_det.scoring.batches import Batch, Batches, Pixels, outcomes_of
+from focusdd_det.scoring.contents import Content, confidence, steps
+from focusdd_det.scoring.deviations import Deviation, deviation
+from focusdd_det.scoring.glance import Glance, glance
+from focusdd_det.scoring.scores import ScoreStore
+from focusdd_det.scoring.window_judge import WindowJudge
 from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
-from focusdd_det.window_judge import WindowJudge
 from focusdd_det.windows import best_windows, least_windows, window_side
 
 _VERSION = 3  # of the scoring itself: a change of what a score means must not meet old scores

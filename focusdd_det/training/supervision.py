@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import make_anchors
 
-from focusdd_det.aside import Begun
 from focusdd_det.config import KeyedOptions, suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.losses import ONE2MANY, ONE2ONE, Supervision, paired_head, supervision_terms
-from focusdd_det.sparse_heads import SparseHeads, sparse_supervision_terms
+from focusdd_det.training.aside import Begun
+from focusdd_det.training.sparse_heads import SparseHeads, sparse_supervision_terms
 
 TEACHER_KEY = "teacher_heads"
 Mode = Literal["labels", "kl", "both"]

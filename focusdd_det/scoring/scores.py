@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det.contents import Content, Contents
-from focusdd_det.deviations import Deviation, optimistic
 from focusdd_det.errors import DiskError
-from focusdd_det.glance import UNREADABLE, Known
+from focusdd_det.scoring.contents import Content, Contents
+from focusdd_det.scoring.deviations import Deviation, optimistic
+from focusdd_det.scoring.glance import UNREADABLE, Known
 from focusdd_det.select import Candidates
 from focusdd_det.sources import Located
 from focusdd_det.windows import realism

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from focusdd_det.config import SetConfig
 from focusdd_det.errors import FocusDDError
-from focusdd_det.glance import Glance, Known, Whole, glance
+from focusdd_det.scoring.glance import Glance, Known, Whole, glance
 from focusdd_det.sources import Located
 
 Outcome = tuple[Located, Glance | str]
@@ -44,7 +44,7 @@ _END = 5.0  # seconds that a process has to end by itself
 _BEGIN = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; package = type(sys)('focusdd_det'); "
     "package.__path__ = [sys.argv[1]]; sys.modules['focusdd_det'] = package; "
-    "from focusdd_det.decoding import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from focusdd_det.scoring.decoding import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 
@@ -200,7 +200,7 @@ class _Worker:
 
     def __enter__(self) -> _Worker:
         self.connection, theirs = Pipe()
-        package = str(Path(__file__).resolve().parent)
+        package = str(Path(__file__).resolve().parents[1])
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         try:
             self.process = subprocess.Popen(

@@ -23,7 +23,7 @@ from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, r
 from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
-from focusdd_det.map_suggestions import (
+from focusdd_det.maps.suggestions import (
     Change,
     Tally,
     changes,
@@ -337,7 +337,7 @@ def _look_at_all(config: AuditConfig, jobs: Sequence[Job], detector: Any, names:
 
 def _read(job: Job, located: Located, known: Mapping[str, Any], config: AuditConfig) -> _Read:
     from focusdd_det.compose import letterbox
-    from focusdd_det.decode import BadImage, decode
+    from focusdd_det.scoring.decode import BadImage, decode
 
     if located.problem:
         return _Read(job, "", bad=located.problem)

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from focusdd_det.config import suggest
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.detset import Cell, read_manifest
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
-from focusdd_det.glance import view_pixels
 from focusdd_det.methods import METHODS
+from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.glance import view_pixels
 from focusdd_det.selector import Selector, load_selector
 from focusdd_det.sources import Located, Root, locate, stream
 from focusdd_det.types import Crop, Image

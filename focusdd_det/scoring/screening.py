@@ -20,17 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det.bad_sources import Judged
-from focusdd_det.batches import Batches, outcomes_of
 from focusdd_det.config import SetConfig
-from focusdd_det.deviations import deviation
-from focusdd_det.glance import Glance, Known
 from focusdd_det.layouts import Layouts
-from focusdd_det.looking import Looker, Seen
 from focusdd_det.methods import Method, is_monotone
 from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
-from focusdd_det.scores import FirstLook, Row, ScoreStore
+from focusdd_det.scoring.bad_sources import Judged
+from focusdd_det.scoring.batches import Batches, outcomes_of
+from focusdd_det.scoring.deviations import deviation
+from focusdd_det.scoring.glance import Glance, Known
+from focusdd_det.scoring.looking import Looker, Seen
+from focusdd_det.scoring.scores import FirstLook, Row, ScoreStore
 from focusdd_det.select import Candidates, Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate

@@ -17,11 +17,11 @@ from focusdd_det import coco_eval
 from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
-from focusdd_det.precision import check_precision
-from focusdd_det.supervision import Options
-from focusdd_det.targets import TargetStore
 from focusdd_det.teacher import resolve_weights
-from focusdd_det.traindata import load_yolo_data, resolve_data
+from focusdd_det.training.precision import check_precision
+from focusdd_det.training.supervision import Options
+from focusdd_det.training.targets import TargetStore
+from focusdd_det.training.traindata import load_yolo_data, resolve_data
 
 SHIPPED = "train_det.yaml"
 TRAIN_EXTRA: dict[str, Any] = {"augmentations": [], "save_dir": None}  # taken by Ultralytics, not in its YAML

@@ -16,14 +16,14 @@ import torch
 from focusdd_det import detset
 from focusdd_det.build import MACHINE_KEYS
 from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
-from focusdd_det.decode import BadImage, decode
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
-from focusdd_det.explain import Explained, explain, outputs_of, readable
-from focusdd_det.explain_draw import MARK, draw
 from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.selector import ATTENTIONS, Selector, load_selector
+from focusdd_det.showing.draw import MARK, draw
+from focusdd_det.showing.explain import Explained, explain, outputs_of, readable
 from focusdd_det.sources import EXTENSIONS, MAX_BYTES, Located, Root, stream
 from focusdd_det.types import Crop
 

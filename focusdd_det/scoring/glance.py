@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from focusdd_det.compose import letterbox, middle_square
 from focusdd_det.config import SetConfig
-from focusdd_det.decode import BadImage, decode
+from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.sources import Located
 from focusdd_det.types import Crop, Image, round_half_up
 

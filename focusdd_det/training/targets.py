@@ -26,9 +26,9 @@ from torch import Tensor
 
 from focusdd_det.detset import sha256
 from focusdd_det.errors import ConfigError, VerifyError
-from focusdd_det.replay import LOOK, Pool, View
 from focusdd_det.sealed import SEAL, Kind, check_file, open_sealed, short
-from focusdd_det.sparse_heads import SparseHeads, join
+from focusdd_det.training.replay import LOOK, Pool, View
+from focusdd_det.training.sparse_heads import SparseHeads, join
 
 KIND = Kind("focusdd_det soft targets 1", "soft targets", "tools/store_targets.py")
 MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")  # what Ultralytics' close_mosaic sets to 0

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from focusdd_det.compose import cut, resize
-from focusdd_det.explain import Explained, Finding
+from focusdd_det.showing.explain import Explained, Finding
 from focusdd_det.types import Floats, Image
 from focusdd_det.windows import GCA_MASS
 

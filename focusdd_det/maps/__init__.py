@@ -1,0 +1,1 @@
+"""Whether the class map is right, asked of a teacher and the pictures."""
