@@ -29,6 +29,8 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import read_class_set
+from focusdd_det.classify.nets import head_keys, make_net
+from focusdd_det.classify.student import make_student
 from focusdd_det.classify.teacher import load_classifier
 from focusdd_det.classify.trainer import OWN_KEYS, FocusDDClassificationTrainer
 from focusdd_det.errors import ConfigError, DataError, FocusDDError, WeightsError
@@ -152,6 +154,39 @@ def test_a_start_from_weights_for_other_classes_has_a_new_head(
     assert sum(not torch.equal(state[key], start[key]) for key in state) == 2, "weight and bias of the head"
 
 
+def test_the_last_layer_follows_the_names_of_the_classes(finished: Path, tmp_path: Path) -> None:
+    """Not their places: a set in another order, or other classes of the same number."""
+    spec = finished / "weights" / "last.json"
+    known = json.loads(spec.read_text())["classes"]
+    turned = [known[i] for i in (2, 0, 1)]
+    start = load_file(spec.with_suffix(".safetensors"))
+    layers = head_keys(make_net(NET, 3, SIZE))
+    for names, kept in ((known, True), (turned, True), (["x", "y", "z"], False)):
+        for model, weights in ((str(spec), None), (NET, str(spec))):
+            student: Any = make_student(model, names, SIZE, weights=weights)
+            state = student.net.state_dict()
+            for key, value in start.items():
+                if not key.startswith(layers):
+                    assert torch.equal(state[key], value)
+                elif kept:
+                    assert all(torch.equal(state[key][i], value[known.index(n)]) for i, n in enumerate(names))
+                else:
+                    assert not torch.equal(state[key], value)
+
+
+def test_the_last_layer_of_a_yolo_follows_the_names_too(tmp_path: Path) -> None:
+    first: Any = make_student("yolo11n-cls.yaml", ("a", "b", "c"), 32)
+    torch.save({"model": first.half(), "train_args": {}}, tmp_path / "first.pt")
+    layer = first.float().model[-1].linear
+    turned: Any = make_student(str(tmp_path / "first.pt"), ("c", "a", "b"), 32, seed=1)
+    assert torch.equal(turned.model[-1].linear.weight, layer.weight[[2, 0, 1]])
+    assert torch.equal(turned.model[-1].linear.bias, layer.bias[[2, 0, 1]])
+    other: Any = make_student(str(tmp_path / "first.pt"), ("c", "a", "d"), 32, seed=1)
+    fresh: Any = make_student("yolo11n-cls.yaml", ("c", "a", "d"), 32, seed=1)
+    assert torch.equal(other.model[-1].linear.weight, fresh.model[-1].linear.weight)
+    assert torch.equal(other.model[0].conv.weight, first.model[0].conv.weight)
+
+
 def test_without_eval_data_nothing_is_measured(tmp_path: Path, pictures: Path, caplog: Any) -> None:
     trainer = train(tmp_path, pictures, eval_data=None, epochs=2)
     assert "nothing is measured" in caplog.text
@@ -212,6 +247,8 @@ def test_refusals_leave_no_run_folder(tmp_path: Path, pictures: Path, teacher: P
     refused(ConfigError, "multiple of 32[^$]*scale=1", imgsz=100, scale=1)
     refused(ConfigError, "whole number", batch=-1)
     refused(ConfigError, "weights=<file>", pretrained="a.pt")
+    refused(ConfigError, "fraction, mixup, hsv_h: without effect here", fraction=0.1, mixup=1.0, hsv_h=0.5, flipud=0.0)
+    refused(ConfigError, "freeze=10: counts the layers of YOLO models", freeze=10)
     refused(ConfigError, "expected indices from 0 to 2", classes=[5])
     refused(ConfigError, "no such YAML", model="yolo11nn-cls.yaml")
     refused(ConfigError, "a model for detect", model="yolo11n.yaml")

@@ -20,7 +20,8 @@ import pytest
 import torch
 import yaml
 from conftest import NAMES, REPOSITORY, draw, save_detector, tiny_yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det.cli import main
 from focusdd_det.errors import ConfigError, VerifyError
@@ -205,6 +206,24 @@ def test_keys_follow_the_content_of_files_not_their_place(bench: Path, tmp_path:
     assert again.of("deit_small_patch16_224") == "deit_small_patch16_224"
 
 
+def test_linked_folders_and_pictures_are_looked_into(tmp_path: Path) -> None:
+    """As builds and trainings do: a class folder may be a link, a picture, too."""
+    for name in ("one", "two"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        (tmp_path / "real" / name / "x.jpg").write_bytes(name.encode() * len(name))
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "real")
+    (tmp_path / "set" / "val").mkdir(parents=True)
+    (tmp_path / "set" / "n01").symlink_to(tmp_path / "real" / "one")
+    (tmp_path / "set" / "val" / "n01").symlink_to(tmp_path / "real" / "round")
+    (tmp_path / "set" / "y.jpg").symlink_to(tmp_path / "gone.jpg")
+    found = [Fingerprints().folder(tmp_path / "set")]
+    (tmp_path / "real" / "one" / "z.jpg").write_bytes(b"more")
+    found.append(Fingerprints().folder(tmp_path / "set"))
+    (tmp_path / "gone.jpg").write_bytes(b"there again, and longer than its link")
+    found.append(Fingerprints().folder(tmp_path / "set"))
+    assert len(set(found)) == 3
+
+
 def test_archives_of_one_size_are_told_apart(tmp_path: Path) -> None:
     """tar pads to 10,240 bytes, so that the same number of bytes says little."""
     found = set()
@@ -249,6 +268,23 @@ def test_stock_distillation_gets_the_same_recipe(bench: Path, tmp_path: Path) ->
         stock_arguments({**stock, "teacher": None})
 
 
+def test_several_gpus_build_the_stock_distillation_anew(bench: Path, drawn_set: Path, tmp_path: Path) -> None:
+    """As the file does that Ultralytics writes for them: cfg, overrides and callbacks by name."""
+    experiment = with_arms(drawn(bench), {"distill": {"train.supervision": "distill_model"}}, tmp_path, bench)
+    values = {**train_settings(experiment, experiment.arms[0], 0), "data": str(drawn_set), "project": str(tmp_path)}
+    first = StockDistillation(overrides=stock_arguments(values))
+    state = dict(vars(first.args))
+    again = StockDistillation(cfg={**DEFAULT_CFG_DICT, "save_dir": ""}, overrides=state, _callbacks=None)
+    assert (again.args.distill_model, again.args.data) == (first.args.distill_model, first.args.data)
+
+
+def test_a_gpu_that_cannot_have_the_precision_is_told_before_anything_is_built(bench: Path, tmp_path: Path) -> None:
+    experiment = drawn(bench, **{"train.precision": "bf16", "train.device": "0"})
+    with pytest.raises(ConfigError, match="precision=bf16 is for training on a CPU"):
+        check(experiment)
+    check(drawn(bench, **{"train.precision": "fp32", "train.amp": "bf16", "train.device": "0"}))
+
+
 def test_stock_distillation_has_the_precision_of_the_other_arms(
     bench: Path, drawn_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +304,8 @@ def test_stock_distillation_has_the_precision_of_the_other_arms(
 
     started = StockDistillation.__init__
 
-    def start(trainer: Any, *given: Any) -> None:
-        started(trainer, *given)
+    def start(trainer: Any, *given: Any, **named: Any) -> None:
+        started(trainer, *given, **named)
         trainer.add_callback("on_train_start", watch)
 
     monkeypatch.setattr(StockDistillation, "__init__", start)
@@ -402,11 +438,17 @@ def test_a_result_names_the_data_it_was_made_of(bench: Path, tmp_path: Path, pre
     out = tmp_path / "out"
     runner.run(experiment, out)
     before = results.read(out, experiment)[0][0].inputs
-    assert set(before) == {str(sources), str(bench / "teacher.pt"), str(bench / "coco" / "data.yaml")}
+    models = {str(bench / "teacher.pt"), str(bench / "vit.json")}
+    assert set(before) == {str(sources), *models, str(bench / "coco" / "data.yaml")}
     next(sources.rglob("*.jpg")).unlink()
     runner.run(experiment, out)
     after = results.read(out, experiment)[0][0].inputs
     assert [path for path in before if after[path] != before[path]] == [str(sources)]
+    other = load_file(bench / "vit.safetensors")
+    save_file({key: value + 1 for key, value in other.items()}, tmp_path / "other.safetensors")
+    build |= {"sources": [str(sources)], "selector_weights": str(tmp_path / "other.safetensors")}
+    experiment = with_arms(drawn(bench), {"plain": None}, tmp_path, bench, build=build, seeds=[0])
+    assert str(tmp_path / "other.safetensors") in Work(experiment, out).inputs(experiment.arms[0], 0)
 
 
 def test_a_lost_result_is_made_again_alone(bench: Path, tmp_path: Path, pretend: Path) -> None:

@@ -16,7 +16,7 @@ from focusdd_det.experiment import results
 from focusdd_det.experiment.grid import Arm, baseline_of, expand, usual_baseline
 from focusdd_det.experiment.plot import lines_of, plot
 from focusdd_det.experiment.results import Failure, Result
-from focusdd_det.experiment.settings import steps_for
+from focusdd_det.experiment.settings import steps_for, steps_of
 from focusdd_det.experiment.spec import Experiment, read_experiment
 from focusdd_det.experiment.statistics import Difference, paired_difference, student, summary, verdict
 from focusdd_det.experiment.table import as_json, make_table, markdown
@@ -98,6 +98,29 @@ def test_three_equal_arms_are_seldom_ranked() -> None:
 def test_equal_iterations_in_whole_epochs(iterations: int, composites: int, batch: int, epochs: int, run: int) -> None:
     steps = steps_for(iterations, composites, batch)
     assert (steps.epochs, steps.iterations) == (epochs, run)
+
+
+def test_a_classifiers_lonely_last_picture_is_no_step(tmp_path: Path) -> None:
+    for task, each in (("detect", 3), ("classify", 2)):
+        found = experiment(tmp_path, task=task, train={"batch": 16}, iterations=40, arms={"a": None}, baseline=None)
+        steps = steps_of(found, found.arms[0], 33)
+        assert (steps.each, steps.iterations) == (each, each * round(40 / each))
+
+
+def test_what_an_arm_gives_itself_is_not_replaced_from_outside(tmp_path: Path) -> None:
+    arms = {"a": {"build.ipc": 3}, "b": {"train.epochs": 4}}
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"task": "detect", "arms": arms, "iterations": 7}))
+    for given, told in [
+        ({"build.ipc": 5}, "build.ipc=5: the arms a give this themselves"),
+        ({"iterations": 5}, "iterations=5: the arms b give this themselves"),
+        ({"train.epochs": 5}, "train.epochs=5: the arms b give this themselves"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            read_experiment(file, overrides=given)
+    file.write_text(yaml.safe_dump({"task": "detect", "arms": {"a": None}, "iterations": 7}))
+    found = read_experiment(file, overrides={"train.epochs": 5})
+    assert (found.iterations, found.train["epochs"]) == (None, 5)
 
 
 def test_a_grid_is_every_combination() -> None:

@@ -284,6 +284,19 @@ def head_keys(net: Net) -> tuple[str, ...]:
     return tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
 
 
+def arrange_head(layer: nn.Module, known: Sequence[str], wanted: Sequence[str]) -> None:
+    """The rows of a last layer whose outputs are `known`, in the order of `wanted`: the same classes."""
+    rows = torch.tensor([list(known).index(name) for name in wanted])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter[rows].clone())
+
+
+def heads_of(net: Net) -> list[nn.Module]:
+    """The last layers, one or two."""
+    return [net.module.get_submodule(key.removesuffix(".")) for key in head_keys(net)]
+
+
 def outputs_in(net: Net, state: Mapping[str, Tensor]) -> int | None:
     """How many classes a state dict of this architecture was made for; None if it has no head."""
     for prefix in head_keys(net):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from focusdd_det.config import KeyedOptions, suggest
 from focusdd_det.errors import ConfigError
@@ -13,7 +14,26 @@ Labels = Literal["store", "live", "hard"]
 LABELS = ("store", "live", "hard")
 PRECISIONS = ("auto", "fp32", "bf16")
 NOT_GIVEN = ""  # of eval_data: measuring nothing has to be asked for
+NOT_OURS = (  # of Ultralytics: what it does to its own views of the pictures, which are not the ones here
+    "fraction", "flipud", "degrees", "translate", "shear", "perspective", "bgr", "mosaic", "mixup", "copy_paste",
+    "hsv_h", "hsv_s", "hsv_v", "erasing", "auto_augment", "multi_scale", "cls_pw",
+)  # fmt: skip
 _TEXTS = ("teacher", "teacher_weights", "store", "weights")
+
+
+def leaves_one_over(pictures: int, batch: int) -> bool:
+    """Whether an epoch would end in a batch of a single picture, which BatchNorm cannot use; it is left out then."""
+    return pictures > batch > 1 and pictures % batch == 1
+
+
+def without_effect(values: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """Keys that would change nothing here, given as if they did.
+
+    Args:
+        values: the training's keys.
+        usual: Ultralytics' defaults.
+    """
+    return [key for key in NOT_OURS if key in values and values[key] not in (usual[key], 0, None, False, "", "none")]
 
 
 @dataclass(frozen=True)

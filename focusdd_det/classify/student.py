@@ -11,7 +11,19 @@ from ultralytics.nn.tasks import ClassificationModel, guess_model_task, yaml_mod
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_model_file_from_stem
 
-from focusdd_det.classify.nets import Classifier, Net, load_weights, make_net, net_of_spec, outputs_in, read_spec
+from focusdd_det.classify.nets import (
+    Classifier,
+    Net,
+    arrange_head,
+    heads_of,
+    load_weights,
+    make_net,
+    net_of_spec,
+    outputs_in,
+    read_spec,
+)
+from focusdd_det.classify.teacher import yolo_names
+from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import cfg_dir
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.seeds import seed_of
@@ -55,10 +67,12 @@ def make_student(
         if Path(name).suffix in (".yaml", ".yml", ".pt"):
             yolo: nn.Module = _yolo(name, names, weights, download)
             return yolo
-        return Classifier(_library(name, len(names), size, weights, download), names)
+        return Classifier(_library(name, names, size, weights, download), names)
 
 
-def _library(name: str, classes: int, size: int, weights: str | None, download: bool) -> Net:
+def _library(name: str, names: Sequence[str], size: int, weights: str | None, download: bool) -> Net:
+    classes = len(names)
+    known: tuple[str, ...] | None = None  # what the outputs of the weights stand for, where something says so
     if weights == OWN_WEIGHTS and not download:
         raise WeightsError(
             f"weights={OWN_WEIGHTS} are those that the library publishes: add download=True to fetch them"
@@ -70,21 +84,48 @@ def _library(name: str, classes: int, size: int, weights: str | None, download: 
         if weights == OWN_WEIGHTS:
             raise WeightsError(f"weights={OWN_WEIGHTS} goes with a name as model=, not with {name}")
         net = net_of_spec(spec, classes, size)
-        start = start or spec.weights
+        if start is None:
+            start, known = spec.weights, spec.classes
     else:
         net = make_net(name, classes, size, download=weights == OWN_WEIGHTS)
     if start is None:
         return net
     if start.suffix == ".json":
-        named = read_spec(start).weights
-        if named is None:
+        named = read_spec(start)
+        if named.weights is None:
             raise WeightsError(f"weights={start} names no weights; expected a spec with a `weights` entry")
-        start = named
+        start, known = named.weights, named.classes
     had = outputs_in(net, read_state(start)[0])
-    load_weights(net, start, head=had == classes)
-    new_head = "" if had == classes else f"; its last layer was for {had} classes, the one for {classes} is new"
-    LOGGER.info(f"the student starts from {start}{new_head}")
+    if known is None and had == len(imagenet_synsets()):
+        known = imagenet_synsets()
+    kept, told = _head(had, known, names)
+    load_weights(net, start, head=kept)
+    if kept and known is not None:
+        for layer in heads_of(net):
+            arrange_head(layer, known, names)
+    LOGGER.info(f"the student starts from {start}{told}")
     return net
+
+
+def _head(had: int | None, known: Sequence[str] | None, names: Sequence[str]) -> tuple[bool, str]:
+    """Whether the last layer that comes with weights is used, and what is to be said of that.
+
+    Args:
+        had: its outputs.
+        known: what they stand for; None: nothing says so.
+        names: the classes that are wanted.
+    """
+    if had != len(names):
+        return False, f"; its last layer was for {had} classes, the one for {len(names)} is new"
+    if known is None:
+        return True, "; nothing says which classes its last layer is for: taken in the order of the data's"
+    if set(known) != set(names):
+        return False, f"; its last layer was for other classes ({_some(known)}), the one for {_some(names)} is new"
+    return True, "" if tuple(known) == tuple(names) else "; its last layer in the order of the data's classes"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _yolo(name: str, names: Sequence[str], weights: str | None, download: bool) -> ClassificationModel:
@@ -109,9 +150,17 @@ def _yolo(name: str, names: Sequence[str], weights: str | None, download: bool) 
     except Exception as error:  # a model's YAML reaches us as whatever the builder trips over
         raise ConfigError(f"model={name}: no model can be built from it ({type(error).__name__}: {error})") from error
     if start is not None:
+        layer: Any = model.model[-1].linear
+        fresh = {key: value.clone() for key, value in layer.state_dict().items()}
         model.load(start)  # tensors of the same shape; says how many
-        if len(start.names) != len(names):
-            LOGGER.info(f"its last layer was for {len(start.names)} classes, the one for {len(names)} is new")
+        known = yolo_names(start)
+        kept, told = _head(len(known), known, names)
+        if kept:
+            arrange_head(layer, known, names)
+        else:
+            layer.load_state_dict(fresh)
+        if told:
+            LOGGER.info(told.removeprefix("; "))
     model.names = dict(enumerate(names))
     return model
 

@@ -208,17 +208,21 @@ def _ultralytics(name: str, weights: str | None, download: bool) -> _Loaded:
     state = model.state_dict()
     if not all(bool(torch.isfinite(value).all()) for value in state.values()):
         raise WeightsError(f"{file} holds values that are not finite; the file is damaged")
-    names: Any = model.names
-    own = tuple(str(names[i]) for i in range(len(names)))
+    own = yolo_names(model)
     outputs = int(model.model[-1].linear.out_features)
-    if len(own) != outputs or len(own) != len(names):
+    if len(own) != outputs:
         raise WeightsError(f"{file} has {outputs} outputs but {len(own)} class names; it cannot be trusted")
-    if own == _ultralytics_imagenet():
-        own = imagenet_synsets()
     if len(set(own)) != len(own):
         raise WeightsError(f"{file} names a class twice; its outputs cannot be told apart by name")
     model.model[-1].export = False  # gives the logits beside the probabilities
     return model, own, file_sha256(file), ["ultralytics", ultralytics.__version__]
+
+
+def yolo_names(model: nn.Module) -> tuple[str, ...]:
+    """What the outputs of an Ultralytics classifier stand for; ImageNet-1K's by their synsets."""
+    names: Any = model.names
+    own = tuple(str(names[i]) for i in range(len(names)))
+    return imagenet_synsets() if own == _ultralytics_imagenet() else own
 
 
 @lru_cache(maxsize=1)

@@ -33,7 +33,7 @@ from focusdd_det import __version__
 from focusdd_det.classify import nets
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import ClassSet, read_class_set
-from focusdd_det.classify.options import Options
+from focusdd_det.classify.options import Options, leaves_one_over, without_effect
 from focusdd_det.classify.student import make_student
 from focusdd_det.classify.subsets import Subsets, SubsetSampler, SubsetViews
 from focusdd_det.classify.supervision import SOFT_KEY, SoftLabels
@@ -145,6 +145,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             download=self.options.download,
             seed=self.args.seed,
         )
+        if self.args.freeze and isinstance(self._student, nets.Classifier):
+            raise ConfigError(f"freeze={self.args.freeze}: counts the layers of YOLO models alone; leave it out")
         stored = self.store.description["teacher"] if self.store else {}
         self.origin = {
             "set": self.train_set.sha256,
@@ -202,6 +204,11 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
                 problems.append(f"{key} is not for this trainer; leave it out")
         if isinstance(args.pretrained, (str, Path)):
             problems.append(f"pretrained={args.pretrained}: give weights=<file> instead")
+        if not self.resume and (idle := without_effect(vars(args), DEFAULT_CFG_DICT)):
+            problems.append(
+                f"{', '.join(idle)}: without effect here, where a view is a crop (scale), a flip (fliplr) and a CutMix "
+                "(cutmix) of a picture; leave it out"
+            )
         if problems:
             raise ConfigError("the arguments are not valid:\n  " + "\n  ".join(problems))
         args.close_mosaic = 0  # there is none, and closing it would draw the epoch's pictures again
@@ -290,7 +297,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         else:
             dataset = ViewDataset(self.train_set, self.views, pool=self.options.pool, store=self.store)
         length = len(sampler) if sampler else math.ceil(len(dataset) / (world if rank >= 0 else 1))
-        lonely = length > batch_size > 1 and length % batch_size == 1
+        lonely = leaves_one_over(length, batch_size)
         if lonely:
             LOGGER.info(
                 f"{PREFIX}{length} pictures in batches of {batch_size} leave one over, alone in a batch, which "

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.utils import LOGGER
+from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from focusdd_det.config import read_yaml, suggest
@@ -56,14 +56,23 @@ def check_distill(values: dict[str, Any]) -> None:
 class StockDistillation(DetectionTrainer):  # type: ignore[misc]
     """Ultralytics' trainer, kept from writing into the set and from measuring on it."""
 
-    def __init__(self, overrides: dict[str, Any], precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        cfg: Any = DEFAULT_CFG,
+        overrides: dict[str, Any] | None = None,
+        _callbacks: dict[str, Any] | None = None,
+        *,
+        precision: str = "fp32",
+    ) -> None:
+        """As Ultralytics builds its trainers, also in the processes of several GPUs."""
         self.precision = precision
+        overrides = dict(overrides or {})
         self.source = resolve_data(overrides["data"])
         overrides = {**overrides, "data": str(self.source.yaml), "task": "detect"}
         overrides["model"] = model_argument(overrides["model"], False)
         overrides["distill_model"] = checkpoint_argument(overrides["distill_model"], False)
         with safe_ultralytics():
-            super().__init__(overrides=overrides)
+            super().__init__(cfg, overrides, _callbacks)
         self.wdir: Path = WholePath(self.save_dir / "weights")
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
 
@@ -123,7 +132,7 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
 def distill_command(argv: Sequence[str]) -> int:
     """Train from the YAML file with the training's keys."""
     values = read_yaml(Path(argv[0]))
-    trainer = StockDistillation(stock_arguments(values), values.get("precision", "fp32"))
+    trainer = StockDistillation(overrides=stock_arguments(values), precision=values.get("precision", "fp32"))
     trainer.train()
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from focusdd_det.classify.options import leaves_one_over, without_effect
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, cfg_dir, load, read_yaml
 from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.experiment.grid import Arm
@@ -25,17 +26,13 @@ class Steps:
     """How long a training is.
 
     Attributes:
-        composites: pictures of its set; batch: of a step; epochs: passes over the set.
+        composites: pictures of its set; batch: of a step; epochs: passes over the set; each: steps of an epoch.
     """
 
     composites: int
     batch: int
     epochs: int
-
-    @property
-    def each(self) -> int:
-        """Steps of an epoch."""
-        return math.ceil(self.composites / self.batch)
+    each: int
 
     @property
     def iterations(self) -> int:
@@ -43,10 +40,14 @@ class Steps:
         return self.each * self.epochs
 
 
-def steps_for(iterations: int, composites: int, batch: int) -> Steps:
-    """The whole number of epochs whose steps come nearest to `iterations`, at least one; half an epoch counts up."""
-    each = math.ceil(composites / batch)
-    return Steps(composites, batch, max(1, math.floor(iterations / each + 0.5)))
+def steps_for(iterations: int, composites: int, batch: int, each: int | None = None) -> Steps:
+    """The whole number of epochs whose steps come nearest to `iterations`, at least one; half an epoch counts up.
+
+    Args:
+        each: steps of an epoch, where its last batch is not simply what is left.
+    """
+    each = each or math.ceil(composites / batch)
+    return Steps(composites, batch, max(1, math.floor(iterations / each + 0.5)), each)
 
 
 def build_settings(experiment: Experiment, arm: Arm, seed: int) -> dict[str, Any]:
@@ -105,9 +106,12 @@ def steps_of(experiment: Experiment, arm: Arm, composites: int) -> Steps:
     batch, iterations = values["batch"], experiment.iterations_of(arm)
     if type(batch) is not int or batch < 1:
         raise ConfigError(f"arm `{arm.name}`: train.batch={batch!r}: expected a whole number, for equal iterations")
+    each = math.ceil(composites / batch)
+    if experiment.task == "classify" and leaves_one_over(composites, batch):
+        each -= 1
     if iterations is None:
-        return Steps(composites, batch, int(values["epochs"]))
-    return steps_for(iterations, composites, batch)
+        return Steps(composites, batch, int(values["epochs"]), each)
+    return steps_for(iterations, composites, batch, each)
 
 
 def uses_targets(experiment: Experiment, train: Mapping[str, Any]) -> bool:
@@ -186,6 +190,7 @@ def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, 
     from ultralytics.utils import DEFAULT_CFG_DICT
 
     from focusdd_det.training.command import TRAIN_EXTRA, check_stock, refuse_unknown
+    from focusdd_det.training.precision import check_precision
     from focusdd_det.training.store_targets import load_config
     from focusdd_det.training.supervision import Options
 
@@ -199,8 +204,9 @@ def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, 
     if uses_targets(experiment, train):
         train = {**train, "targets": "store"}
         load_config(**{**targets_settings(experiment, arm, seed, train), "data": "set", "out": "store"})
-    Options.of(train)
+    options = Options.of(train)
     check_stock(train, "detect")
+    check_precision(options.precision, train.get("device"), train.get("amp", True))
 
 
 def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str, Any]) -> None:
@@ -219,6 +225,8 @@ def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str
     if options.eval_data is None:
         raise ConfigError("eval: data: none: an experiment needs something to measure on")
     check_stock(train, "classify")
+    if idle := without_effect(train, DEFAULT_CFG_DICT):
+        raise ConfigError(f"train: {', '.join(idle)}: without effect on a classifier's views; leave it out")
 
 
 EVAL_KEYS = (

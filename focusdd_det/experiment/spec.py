@@ -175,7 +175,9 @@ def read_experiment(
     content = _with_overrides(content, overrides or {})
     content = _filled(path, content, dict(values or {}))
     name = path.stem + ("-small" if small else "")
-    return _validated(path, name, content)
+    experiment = _validated(path, name, content)
+    _refuse_lost(experiment, overrides or {})
+    return experiment
 
 
 def variables(file: str | Path, small: bool = False, only_used: bool = False) -> dict[str, str]:
@@ -243,6 +245,8 @@ def _with_overrides(content: dict[str, Any], overrides: Mapping[str, Any]) -> di
         section, dot, rest = key.partition(".")
         if dot and section in SECTIONS and rest:
             content = {**content, section: {**(content.get(section) or {}), rest: value}}
+            if key == "train.epochs":
+                content.pop("iterations", None)
         elif key in ("iterations", "seeds", "metric", "floor", "x"):
             content = {**content, key: value}
         else:
@@ -251,6 +255,19 @@ def _with_overrides(content: dict[str, Any], overrides: Mapping[str, Any]) -> di
                 "of a stage is given with its section, such as train.batch=8 or build.device=cuda:0"
             )
     return content
+
+
+def _refuse_lost(experiment: Experiment, overrides: Mapping[str, Any]) -> None:
+    """Of the command line what an arm has a value of its own for would be lost."""
+    same = {ITERATIONS: "train.epochs", "train.epochs": ITERATIONS}  # how long: the one or the other
+    problems = []
+    for key, value in overrides.items():
+        asked = {key, same.get(key, key)}
+        arms = [arm.name for arm in experiment.arms if asked & set(arm.overrides)]
+        if arms:
+            problems.append(f"{key}={value}: the arms {', '.join(arms)} give this themselves; change it in the file")
+    if problems:
+        raise ConfigError(f"{experiment.name} cannot be run so:\n  " + "\n  ".join(problems))
 
 
 def _filled(path: Path, content: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ STORE_MACHINE = ("device", "workers", "download", "overwrite")
 STORE_FILES = ("teacher", "teacher_weights", "eval_data")
 EVAL_MACHINE = ("device", "download")
 PACKAGE = Path(__file__).resolve().parent.parent
+_LINKED = 2  # levels at which builds and trainings follow linked folders: <folder>/<class>, <folder>/<split>/<class>
 _ALL_EQUAL = ("random", "whole")  # methods that look at sources in the same way, without the ViT
 
 
@@ -141,12 +142,14 @@ class Fingerprints:
                 self._folders[path] = _archive(path)
             else:
                 total = count = 0
-                for top, _, names in os.walk(path):
+                for top, inner, names in os.walk(path, followlinks=True):
                     relative = os.path.relpath(top, path)
+                    if len(Path(relative).parts) >= _LINKED:
+                        inner[:] = [name for name in inner if not Path(top, name).is_symlink()]
                     for name in names:
                         if name.endswith(".cache"):
                             continue  # of Ultralytics, not of the data
-                        size = os.lstat(os.path.join(top, name)).st_size  # noqa: PTH118
+                        size = _size(os.path.join(top, name))  # noqa: PTH118
                         inside = _archive(Path(top, name)) if name.endswith(".tar") else ""
                         line = f"{relative}/{name}/{size}{inside}".encode("utf-8", "surrogateescape")
                         total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
@@ -162,6 +165,14 @@ class Fingerprints:
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
+
+
+def _size(file: str) -> int:
+    """Of the file that a link leads to, where it leads to one."""
+    try:
+        return os.stat(file).st_size  # noqa: PTH116
+    except OSError:
+        return os.lstat(file).st_size
 
 
 def _archive(path: Path) -> str:
@@ -258,7 +269,7 @@ class Work:
         return sorted({self.code, *(self._codes(stage.key) if self.begun(stage) else ())})
 
     def inputs(self, arm: Arm, seed: int) -> dict[str, str]:
-        """Path -> what stands there, of an arm's sources, teachers and evaluation data.
+        """Path -> what stands there, of an arm's sources, models and evaluation data.
 
         Raises:
             ConfigError, DataError: the evaluation data cannot be used.
@@ -267,8 +278,10 @@ class Work:
         paths = [source_entry(entry)[0] for entry in config.sources]
         found: dict[str, Any] = dict(zip(paths, self.prints.sources(config), strict=True))
         evaluation = self.experiment.section("eval", arm)
-        named = [self.experiment.section(name, arm).get("teacher") for name in ("targets", "relabel", "train")]
-        named += [getattr(config, "teacher", None), evaluation.get("annotations"), evaluation.get("images")]
+        given = [self.experiment.section(name, arm) for name in ("targets", "relabel", "train")]
+        named = [section.get(key) for section in given for key in ("teacher", "teacher_weights", "weights")]
+        named += [config.selector, config.selector_weights, getattr(config, "teacher", None)]
+        named += [evaluation.get("annotations"), evaluation.get("images")]
         found |= {str(value): self.prints.of(value) for value in named if value is not None}
         if evaluation.get("data"):
             data = str(evaluation["data"])
