@@ -285,6 +285,15 @@ def test_a_gpu_that_cannot_have_the_precision_is_told_before_anything_is_built(b
     check(drawn(bench, **{"train.precision": "fp32", "train.amp": "bf16", "train.device": "0"}))
 
 
+def test_a_processor_without_bfloat16_is_told_of(bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr("focusdd_det.training.precision.warn_if_slow", lambda: told.append(True))
+    check(drawn(bench))
+    assert not told
+    check(drawn(bench, **{"train.precision": "bf16"}))
+    assert told == [True]
+
+
 def test_stock_distillation_has_the_precision_of_the_other_arms(
     bench: Path, drawn_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,11 @@ def check(experiment: Experiment) -> None:
     if problems:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise ConfigError(f"{experiment.name} cannot be run:\n  {listed}")
+    trainings = [train_settings(experiment, arm, experiment.seeds[0]) for arm in experiment.arms]
+    if any(train.get("precision") == "bf16" and train.get("device") == "cpu" for train in trainings):
+        from focusdd_det.training.precision import warn_if_slow
+
+        warn_if_slow()
 
 
 def _check_arm(experiment: Experiment, arm: Arm, seed: int) -> None:
