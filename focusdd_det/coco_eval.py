@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from ultralytics.data.build import build_dataloader
 from ultralytics.data.utils import IMG_FORMATS, exif_size
-from ultralytics.utils import DEFAULT_CFG, TQDM, nms, ops
+from ultralytics.utils import DEFAULT_CFG, LOGGER, TQDM, nms, ops
 
 from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, WeightsError
@@ -294,7 +294,7 @@ class _Pictures(CleanDataset):
         return [str(p) for p in img_path]
 
     def get_labels(self) -> list[dict[str, Any]]:
-        refuse_cut_jpegs(self.im_files)
+        refuse_cut_jpegs(self.im_files, rewritten=False)
         return [
             {
                 "im_file": name,
@@ -516,6 +516,15 @@ def evaluate(
         covered_classes=tuple(covered or ()),
         per_class=per_class(result, truth),
     )
+
+
+def known_of(covered: Sequence[str], annotations: str | Path) -> tuple[str, ...]:
+    """Those of a set's classes that are categories of the annotations; the others are named in a warning."""
+    categories = {str(kind["name"]) for kind in load_annotations(annotations).dataset["categories"]}
+    dropped = [name for name in covered if name not in categories]
+    if dropped:
+        LOGGER.warning(f"{annotations} has no category {', '.join(dropped)}: left out of the covered classes")
+    return tuple(name for name in covered if name in categories)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

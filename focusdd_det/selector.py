@@ -110,22 +110,43 @@ class Selector:
         Returns:
             probabilities, attention, and features [B, d] float32 on the CPU.
         """
-        shown: list[Tensor] = []
-        if not hasattr(self.model, "get_classifier"):
-            raise WeightsError(
-                "the selector's features cannot be read: its network has no get_classifier(); add one, or take a "
-                "method without features"
-            )
-        heads = self.model.get_classifier()  # type: ignore[operator]
-        head = heads[0] if isinstance(heads, (tuple, list)) else heads  # a distilled ViT has two
-        hook = head.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
-        try:
+        with shown_to_head(self.model) as shown:
             probabilities, attention = self(pixels)
-        finally:
-            hook.remove()
-        if len(shown) != 1 or shown[0].ndim != 2:
-            raise WeightsError("the selector's features cannot be read: its head does not see one vector a picture")
-        return probabilities, attention, nn.functional.normalize(shown[0].float(), dim=1).cpu()
+        return probabilities, attention, nn.functional.normalize(_only(shown).float(), dim=1).cpu()
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """The same features as they are, [B, d] float32 on the CPU."""
+        with shown_to_head(self.model) as shown:
+            self(pixels)
+        return _only(shown).float().cpu()
+
+
+@contextlib.contextmanager
+def shown_to_head(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, what the network's classifier (of two, the first) is given, call by call.
+
+    Raises:
+        WeightsError: the network does not say which of its layers that is.
+    """
+    shown: list[Tensor] = []
+    if not hasattr(model, "get_classifier"):
+        raise WeightsError(
+            "the selector's features cannot be read: its network has no get_classifier(); add one, or do without "
+            "features"
+        )
+    heads = model.get_classifier()  # type: ignore[operator]
+    head = heads[0] if isinstance(heads, (tuple, list)) else heads  # a distilled ViT has two
+    hook = head.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0]))
+    try:
+        yield shown
+    finally:
+        hook.remove()
+
+
+def _only(shown: Sequence[Tensor]) -> Tensor:
+    if len(shown) != 1 or shown[0].ndim != 2:
+        raise WeightsError("the selector's features cannot be read: its head does not see one vector a picture")
+    return shown[0]
 
 
 def combine(rows: Sequence[Tensor], how: str) -> Tensor:

@@ -584,11 +584,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if self.eval_source is not None:
                 LOGGER.info(f"{PREFIX}no annotations JSON for eval_data, so no COCO mAP; give eval_annotations=")
             return
-        known = {str(c["name"]) for c in coco_eval.load_annotations(self.annotations).dataset["categories"]}
-        covered = tuple(name for name in self.source.covered if name in known)
-        if len(covered) < len(self.source.covered):
-            dropped = ", ".join(name for name in self.source.covered if name not in known)
-            LOGGER.warning(f"{PREFIX}{self.annotations} has no category {dropped}: left out of the covered classes")
+        covered = coco_eval.known_of(self.source.covered, self.annotations)
         runs = {"last": "headline", "best": "selected on val"}
         results = {}
         for name, meaning in runs.items():

@@ -13,6 +13,7 @@ from conftest import write_set
 from focusdd_det import detset
 from focusdd_det.detset import Cell, part_path, read_manifest, sha256
 from focusdd_det.labels import parse_rows
+from focusdd_det.showing.gallery import write_gallery
 from focusdd_det.types import Detections
 
 
@@ -74,6 +75,12 @@ def rename_classes(folder: Path, names: tuple[str, ...]) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def with_gallery(folder: Path) -> Path:
+    """As a build leaves a set."""
+    write_gallery(folder, folder / "gallery.html")
+    return folder
 
 
 def head_of(card: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from focusdd_det.detset import read_manifest
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.plugins import load_plugins
 from focusdd_det.selector import load_selector, token_grid
+from focusdd_det.stats.features import pooled
 
 # A backbone as a user would write it: attention of its own, other key names in the checkpoint, classes of its own.
 MINE = """
@@ -302,6 +303,8 @@ def test_the_published_names_and_shapes_fit_key_by_key(tmp_path: Path) -> None:
     assert probabilities.shape == (1, 1000)
     assert attention.shape == (1, 14, 14)
     assert 0 < float(attention.sum()) <= 1 - 0.99**12 + 1e-6  # 12 of the 16 blocks, each row at most 1
+    features = pooled(selector, np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8))
+    assert features.shape == (2, 384) and features.dtype == np.float32
 
 
 def test_lv_vit_at_another_view_and_from_another_size(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import NAMES, save_detector, write_coco
+from interop_support import det_set
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from focusdd_det import coco_eval
+from focusdd_det.cli import main
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 
 
@@ -180,6 +182,26 @@ def test_a_label_file_cannot_remove_a_picture_from_the_evaluation(scene: Path, t
     result = coco_eval.evaluate(teacher_file, annotations(scene), scene / "images/val", imgsz=64)
     assert result.images == 6
     assert not list(scene.rglob("*.cache"))
+
+
+def test_a_padded_picture_is_whole(scene: Path, teacher_file: Path) -> None:
+    """Nothing of Ultralytics' writes over pictures that are only evaluated on."""
+    first = coco_eval.evaluate(teacher_file, annotations(scene), scene / "images" / "val", imgsz=96)
+    for file in (scene / "images" / "val").glob("*.jpg"):
+        file.write_bytes(file.read_bytes() + bytes(100))
+    again = coco_eval.evaluate(teacher_file, annotations(scene), scene / "images" / "val", imgsz=96)
+    assert (again.images, again.all) == (first.images, first.all)
+
+
+def test_classes_of_a_set_that_the_annotations_lack_are_left_out(
+    scene: Path, tmp_path: Path, teacher_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = det_set(tmp_path / "set", names=("disc", "other", "bar"))
+    words = [f"model={teacher_file}", f"annotations={annotations(scene)}", f"images={scene / 'images' / 'val'}"]
+    out = tmp_path / "eval.json"
+    assert main(["detect", "val", *words, f"set={folder}", "imgsz=96", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["covered_classes"] == ["disc", "bar"]
+    assert main(["detect", "val", *words, "covered=disc,other", "imgsz=96", f"out={out}"]) == 2
 
 
 def test_an_unreadable_picture(scene: Path, teacher_file: Path) -> None:

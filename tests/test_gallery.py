@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from browser import Browser, find
 from class_data import jpeg, write_class_set
 from conftest import draw
@@ -294,6 +295,33 @@ def test_wrong_commands(
 ) -> None:
     assert main(["gallery", str(drawn), *(word.format(set=drawn) for word in words)]) == code
     assert told in capsys.readouterr().err
+
+
+def test_a_page_of_somebody_else_s_is_not_replaced(drawn: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_text("my page")
+    assert main(["gallery", str(drawn), f"out={mine}"]) == 2
+    assert mine.read_text() == "my page"
+    mine.unlink()
+    assert main(["gallery", str(drawn), f"out={mine}"]) == 0
+    assert main(["gallery", str(drawn), f"out={mine}"]) == 0, "our own is"
+
+
+def test_a_set_of_a_method_of_the_user_s_wants_its_file(
+    looked_at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(looked_at / "set", tmp_path / "set")
+    build = yaml.safe_load((folder / "build.yaml").read_text())
+    build["config"]["method"] = "of_the_gallery"
+    (folder / "build.yaml").write_text(yaml.safe_dump(build))
+    words = ["gallery", str(folder), f"sources=photos={looked_at / 'sources'}", f"selector={looked_at / 'vit.json'}"]
+    assert main(words) == 2
+    assert "its method `of_the_gallery` is not known here: give plugins=PATH" in capsys.readouterr().err
+    (tmp_path / "mine.py").write_text(
+        "from focusdd_det.methods import register\nfrom focusdd_det.methods.focus import FocusDD\n"
+        "register('of_the_gallery', type('Mine', (FocusDD,), {})())\n"
+    )
+    assert main([*words, f"plugins={tmp_path / 'mine.py'}"]) == 0
 
 
 def test_the_page_is_outside_the_hashes_and_always_the_same(drawn: Path, tmp_path: Path) -> None:

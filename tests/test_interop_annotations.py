@@ -76,6 +76,10 @@ def small(tmp_path: Path) -> Path:
     return top
 
 
+def padded(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + bytes(16))
+
+
 def content_of(out: Path, file: str = VAL) -> dict[str, Any]:
     return dict(json.loads((out / file).read_text()))
 
@@ -123,6 +127,16 @@ def test_classes_of_coco_have_its_ids(tmp_path: Path) -> None:
     found = content_of(tmp_path / "out")
     assert [c["id"] for c in found["categories"]] == [1, 90]
     assert found["annotations"][0]["category_id"] == 90
+
+
+def test_a_row_that_is_repeated_counts_once(small: Path, tmp_path: Path) -> None:
+    """As in Ultralytics; and a byte order mark is no part of the first number."""
+    row = "2 0.5 0.5 0.1 0.1\n"
+    picture(small, "val", "1.jpg", f"\ufeff{row}1 0.2 0.2 0.1 0.1\n{row}")
+    picture(small, "val", "2.jpg", row)
+    write_truth(read_truth(described(small), ("val",)), tmp_path / "out")
+    found = content_of(tmp_path / "out")["annotations"]
+    assert [(r["image_id"], r["category_id"]) for r in found] == [(1, 3), (1, 2), (2, 3)]
 
 
 def test_a_polygon_counts_as_its_box(tmp_path: Path) -> None:
@@ -261,6 +275,7 @@ def _labels(text: str) -> Callable[[Path], object]:
         (["train", "val"], lambda top: picture(top, "val", "0040.png", ""), "two pictures of one name: .*0040"),
         (["train"], lambda top: (top / "images/train/0040.jpg").write_text("no"), "0040.jpg is not a readable picture"),
         (["train"], lambda top: os.truncate(top / "images/train/0040.jpg", 700), "0040.jpg is cut short"),
+        (["train"], lambda top: padded(top / "images/train/0040.jpg"), "0040.jpg has bytes after its JPEG end marker"),
         (["test"], None, "has no `test:`"),
         (["train"], lambda top: (top / "data.yaml").write_text("names: ["), "data.yaml"),
         (["train"], lambda top: described(top, ("disc", "bar", "disc")), "one name to two classes"),

@@ -14,12 +14,13 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from class_data import write_class_set
 from conftest import REPOSITORY
-from interop_support import det_set, rename_classes, store, tree
+from interop_support import det_set, rename_classes, store, tree, with_gallery
 
 from focusdd_det.cli import main
 from focusdd_det.detset import verify
@@ -32,12 +33,13 @@ MAKERS: dict[str, Callable[[Path], Path]] = {"detect": det_set, "classify": writ
 
 @pytest.fixture(scope="module", params=list(MAKERS))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return MAKERS[request.param](tmp_path_factory.mktemp("pack") / "thing")
+    made = MAKERS[request.param](tmp_path_factory.mktemp("pack") / "thing")
+    return made if request.param == "store" else with_gallery(made)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return det_set(tmp_path_factory.mktemp("one") / "set", count=2)
+    return with_gallery(det_set(tmp_path_factory.mktemp("one") / "set", count=2))
 
 
 def test_there_and_back(folder: Path, tmp_path: Path) -> None:
@@ -81,10 +83,30 @@ def test_the_archive_is_a_plain_tar(one: Path, tmp_path: Path) -> None:
 
 def test_long_and_foreign_names(tmp_path: Path) -> None:
     names = ("étoile bleue " * 6, "n" * 120)
-    folder = rename_classes(write_class_set(tmp_path / "set", names=("a", "b")), names)
+    folder = with_gallery(rename_classes(write_class_set(tmp_path / "set", names=("a", "b")), names))
     pack(folder, tmp_path / "a.tar")
     unpack(tmp_path / "a.tar", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(folder)
+
+
+def holds_a_gallery(archive: Path) -> bool:
+    with tarfile.open(archive) as file:
+        return "set/gallery.html" in file.getnames()
+
+
+def test_a_gallery_of_somebody_else_s_is_not_unpacked(one: Path, tmp_path: Path) -> None:
+    """A page with scripts, which no hash vouches for: neither packed, nor taken from an archive that has one."""
+    folder = shutil.copytree(one, tmp_path / "set")
+    (folder / "gallery.html").write_text("<script>fetch('http://x')</script>")
+    pack(folder, tmp_path / "a.tar")
+    assert not holds_a_gallery(tmp_path / "a.tar")
+    evil = contents(folder)
+    files = {**evil.files, "gallery.html": hashlib.sha256((folder / "gallery.html").read_bytes()).hexdigest()}
+    pack(folder, tmp_path / "evil.tar", replace(evil, files=files))
+    assert holds_a_gallery(tmp_path / "evil.tar")
+    for name in ("a", "evil"):
+        unpack(tmp_path / f"{name}.tar", tmp_path / name)
+        assert tree(tmp_path / name) == tree(one)
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1bb"])

@@ -221,6 +221,21 @@ def test_an_audit_counts_suggests_and_writes(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_suggestion_that_is_used_or_was_worked_on_is_not_written_over(
+    tmp_path: Path, source: Path, fake: type[FakeTeacher], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert audit(tmp_path, source) == 0
+    file = tmp_path / "audit" / "suggestions.yaml"
+    written = file.read_bytes()
+    assert audit(tmp_path, source, f"class_map={file}") == 2
+    assert "lies in out=" in capsys.readouterr().err
+    assert audit(tmp_path, source, "conf=0.95") == 0
+    file.write_bytes(written + b"# looked at each\n")
+    assert audit(tmp_path, source) == 2
+    assert "somebody has worked on it" in capsys.readouterr().err
+    assert file.read_bytes() == written + b"# looked at each\n"
+
+
 def test_a_second_run_looks_at_nothing_again_even_with_another_conf(
     tmp_path: Path, source: Path, fake: type[FakeTeacher]
 ) -> None:

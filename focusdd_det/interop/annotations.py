@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from focusdd_det.labels import parse_rows
 from focusdd_det.training.replay import refuse_cut_jpegs
 from focusdd_det.training.traindata import SPLITS, load_yolo_data, resolve_data
 
+log = logging.getLogger("focusdd")
 _SHOWN = 10  # of a list of problems
 
 
@@ -193,7 +195,7 @@ def _pictures(
     Args:
         drawn: official images with objects that labels can hold (a crowd is none).
     """
-    problems = []
+    problems, repeated = [], 0
     for file, label in zip(files, map(Path, img2label_paths(list(files))), strict=True):
         height, width = coco_eval.height_width(str(file))
         refuse_cut_jpegs([str(file)])  # stock Ultralytics would write over it, and so over the original of a hard link
@@ -203,7 +205,9 @@ def _pictures(
             raise DataError(f"{file} is {width} x {height} px, official records say {told}; it is another picture")
         background = image is not None and image["id"] not in drawn
         try:
-            rows = _rows(label.read_text(encoding="utf-8"), classes)
+            found = _rows(label.read_text(encoding="utf-8-sig"), classes)
+            rows = _once(found)
+            repeated += len(found) - len(rows)
             yield Picture(file, label, width, height, rows, image is not None)
         except FileNotFoundError:
             if background:  # Ultralytics' labels of COCO have no files for such
@@ -217,11 +221,21 @@ def _pictures(
     if problems:
         listed = "\n  ".join([*problems[:_SHOWN], *["..."][: len(problems) - _SHOWN]])
         raise DataError(f"{len(problems)} of {len(files)} label files cannot be used:\n  {listed}\nMend them")
+    if repeated:
+        log.warning("%d label rows stand twice in their file; each counts once, as in Ultralytics", repeated)
 
 
 def _rows(text: str, classes: int) -> NDArray[np.float64]:
     """As `parse_rows`; a polygon (class x1 y1 x2 y2 x3 y3 ..., as in Ultralytics' labels of COCO) counts as its box."""
     return np.asarray(parse_rows("".join(f"{_as_box(line)}\n" for line in text.splitlines()), classes))
+
+
+def _once(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without the rows that repeat an earlier one, in float32 as Ultralytics compares them."""
+    if not len(rows):
+        return rows
+    first = np.unique(rows.astype(np.float32), axis=0, return_index=True)[1]
+    return rows[np.sort(first)]
 
 
 def _as_box(line: str) -> str:

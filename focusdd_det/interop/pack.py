@@ -6,7 +6,8 @@
 The same set gives the same bytes: no times, no owners, a fixed order and a fixed top folder. The hashes are those of
 the manifest and of COMPLETE; a file that differs from them is not packed. build.log.json (of a
 store: store.log.json, relabel.log.json), which says on which machine and where it was made, is left out unless it is
-asked for.
+asked for. The gallery is left out, too, and written anew where the set comes out: a page with scripts that somebody
+else packed is vouched for by nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.interop.finished import open_set
 from focusdd_det.interop.folders import new_folder, refuse_existing, require_space
 from focusdd_det.interop.tar import BLOCK, RECORD, header, next_member, padding, unsafe
+from focusdd_det.showing.gallery import NAME as GALLERY
+from focusdd_det.showing.gallery import write_gallery
 
 SUMS, TOP = "SHA256SUMS", "set/"
 DESCRIPTION, SEAL = "store.json", "COMPLETE"  # of a store, as in sealed.py, which takes long to import
@@ -91,7 +94,7 @@ def _set_files(folder: Path, log: bool) -> tuple[str, dict[str, str]]:
     seal = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))
     files = {"COMPLETE": file_sha256(folder / "COMPLETE"), **{name: seal[name] for name in detset.HASHED}}
     for name in detset.FREE:
-        if name not in files and (folder / name).is_file() and (log or name != "build.log.json"):
+        if name not in files and name != GALLERY and (folder / name).is_file() and (log or name != "build.log.json"):
             files[name] = file_sha256(folder / name)
     for item in source.items():
         for part in detset.TASKS[source.task]:
@@ -262,13 +265,18 @@ def unpack(archive: Path, out: Path, progress: Callable[[int], object] = lambda 
                 if name not in left:
                     told = "comes twice" if name in sums else f"is not in {SUMS}"
                     raise VerifyError(f"{archive}: {name[:120]!r} {told}")
-                if reader.copy(work / name.removeprefix(TOP), length) != left.pop(name):
+                skipped = name == TOP + GALLERY
+                copied = reader.skip(length) if skipped else reader.copy(work / name.removeprefix(TOP), length)
+                if copied != left.pop(name):
                     raise VerifyError(f"{archive}: {name} is damaged: not the bytes that {SUMS} names; get it again")
                 progress(1)
             if left:
                 raise VerifyError(f"{archive}: {len(left)} files are missing, such as {next(iter(left))[:120]!r}")
             reader.finish(expected)
-            return _check(work, archive), len(sums)
+            kind = _check(work, archive)
+            if kind != "store":
+                write_gallery(work, work / GALLERY)
+            return kind, len(sums)
 
 
 def _check(work: Path, archive: Path) -> str:
@@ -324,6 +332,13 @@ class _Reader:
             yield data
         if any(self.read(padding(size))):
             raise VerifyError(f"{self._path}: bytes between the files; not written by `focusdd pack`")
+
+    def skip(self, size: int) -> str:
+        """Read the next `size` bytes; their sha256."""
+        digest = hashlib.sha256()
+        for data in self.bytes_of(size):
+            digest.update(data)
+        return digest.hexdigest()
 
     def copy(self, target: Path, size: int) -> str:
         """Write the next `size` bytes to a new file; their sha256."""

@@ -42,6 +42,7 @@ log = logging.getLogger("focusdd")
 
 LOOKS = "looks.jsonl"
 _FLOOR = 0.05  # scores that are kept: `conf` can be chosen later without looking again
+_SUGGESTIONS, _SEAL = "suggestions*.yaml", b"# sha256 of what follows: "
 _IOU, _MOST = 0.7, 300  # of the boxes, as in the build
 _VERSION = 1  # of what a line of looks.jsonl means
 
@@ -188,6 +189,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     for above in (out.resolve(), *out.resolve().parents):
         if detset.is_ours(above):
             raise ConfigError(f"out={out} lies in the set {above}, which is sealed by its hashes; choose another `out`")
+    _refuse_loss(config, out)
     jobs = []
     for place in places:
         tallies = {}
@@ -203,6 +205,32 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
             f"{', '.join(config.levels)}" + ("" if config.unmapped else ", and unmapped=false")
         )
     return places, jobs
+
+
+def _refuse_loss(config: AuditConfig, out: Path) -> None:
+    """What an earlier audit suggested may be a map in use by now, or have been worked on."""
+    own = [entry.partition("::")[2] for entry in config.sources if "::" in entry]
+    for name in (config.class_map, *own):
+        file = find_map(name).resolve()
+        if file.parent == out.resolve() and file.match(_SUGGESTIONS):
+            raise ConfigError(
+                f"the map {name} lies in out={out}, where this audit would write over it; choose another `out`"
+            )
+    for file in sorted(out.glob(_SUGGESTIONS)):
+        if not _is_untouched(file.read_bytes()):
+            raise ConfigError(
+                f"{file} is not what an audit wrote: somebody has worked on it. Move it away, or choose another `out`"
+            )
+
+
+def _sealed(text: bytes) -> bytes:
+    """A text under a comment with its hash, so that an edit is noticed."""
+    return _SEAL + hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+
+
+def _is_untouched(data: bytes) -> bool:
+    first, _, rest = data.partition(b"\n")
+    return first == _SEAL + hashlib.sha256(rest).hexdigest().encode()
 
 
 def _levels(config: AuditConfig) -> dict[str, Any]:
@@ -431,7 +459,7 @@ def suggestion_files(
         notes += [f"#   {change.folder}: {change.line()}" for change in made] or ["#   none"]
         plain = "\n".join("".join(c if c.isprintable() else "?" for c in note) for note in notes)  # stays a comment
         body = yaml.safe_dump(value, sort_keys=False, allow_unicode=False, width=10_000)
-        return (plain + "\n" + body).encode()
+        return _sealed((plain + "\n" + body).encode())
 
     shared = [change for change in once(wanted) if not change.own_map]
     value: object = (

@@ -37,6 +37,7 @@ from focusdd_det.detset import (
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, VerifyError
 from focusdd_det.labels import parse_rows
+from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
 from focusdd_det.scoring.decode import BadImage, decode
 
@@ -61,10 +62,12 @@ and scores when the pointer or the keyboard is on it; a click shows the picture 
                          A set does not hold them. NAME is that of the manifest; PATH alone if the set has only one
   selector_weights=PATH  the checkpoint that the set was built with; another one is refused
   selector=PATH.json     if the set's selector is a file of yours
+  plugins=PATH.py        files of yours with the set's method or selector, repeatable; they are run
 """
 _BLOCK = 64  # composites that are handed to the page at once
 _QUALITY = 70  # of the thumbnails: 6 kB each at 160 px, before base64
 _TAKE = "take()"
+_OURS = b'<meta name="generator" content="focusdd_det">'
 
 
 def gallery_command(argv: Sequence[str]) -> int:
@@ -74,6 +77,7 @@ def gallery_command(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     hints: dict[str, Any] = {
         "out": str, "thumb": int, "sources": tuple[str, ...], "selector": str, "selector_weights": str,
+        "plugins": tuple[str, ...],
     }  # fmt: skip
     options = parse_tokens(argv[1:], hints, {"source": "sources"})
     wrong = [f"unknown option `{key}`{suggest(key, list(hints))}" for key in options if key not in hints]
@@ -86,13 +90,13 @@ def gallery_command(argv: Sequence[str]) -> int:
     if task_of(folder) is None:
         raise VerifyError(f"{folder} is not a distilled set of this program: its build.yaml is missing or another's")
     out = _out(folder, options.get("out"))
+    load_plugins(_listed(options.get("plugins")))
     maps = None
     asked = {key: options[key] for key in ("sources", "selector", "selector_weights") if options.get(key) is not None}
     if asked:
         from focusdd_det.showing.source_maps import open_maps
 
-        sources = asked.get("sources", [])
-        sources = [str(entry) for entry in (sources if isinstance(sources, list) else [sources])]
+        sources = _listed(asked.get("sources"))
         if not sources:
             raise ConfigError("gallery: sources= is missing: attention maps need NAME=PATH of the folders of the set")
         paths = [str(asked[key]) if key in asked else None for key in ("selector", "selector_weights")]
@@ -297,6 +301,10 @@ def _lemmas() -> dict[str, str]:
 # --- the command's edges
 
 
+def _listed(value: Any) -> list[str]:
+    return [str(entry) for entry in (value if isinstance(value, list) else [] if value is None else [value])]
+
+
 def _out(folder: Path, given: object) -> Path:
     """Where the page goes: gallery.html of the set, or anywhere outside it."""
     out = folder / NAME if given is None else Path(str(given)).expanduser()
@@ -309,6 +317,8 @@ def _out(folder: Path, given: object) -> Path:
         raise ConfigError(f"out={out} is a folder or a link; it is not replaced. Choose another out")
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}; make it first")
+    if out.is_file() and real != top / NAME and _OURS not in out.read_bytes()[:4096]:
+        raise ConfigError(f"out={out} is there and no page of this program; it is not replaced. Choose another out")
     return out
 
 

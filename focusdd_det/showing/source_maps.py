@@ -152,6 +152,8 @@ def open_maps(
         VerifyError: build.yaml does not say how the sources were looked at.
     """
     wanted, config = identity.get("selector"), identity.get("config")
+    if isinstance(config, dict) and isinstance(config.get("method"), str) and config["method"] not in METHODS:
+        raise ConfigError(f"{folder}: its method `{config['method']}` is not known here: give plugins=PATH of its file")
     if not isinstance(config, dict) or config.get("method") not in METHODS or config.get("geometry") not in (
         "squash", "crop"
     ):  # fmt: skip

@@ -33,6 +33,7 @@ USAGE = """Statistics of distilled sets, one or several beside each other: a tab
   hessian, weights  trace of the Hessian of the training loss on the set, by Hutchinson's estimate with random signs:
                     of a classifier (last.json) on a classification set, of a detector (last.pt) on a detection set,
                     there with the assignment of anchors to boxes held. probes (16), seed (0), batch (32, classifiers)
+  plugins           files of yours that add a ViT for features=; they are run
   device            of the ViT and of the Hessian (default cpu);  workers: threads that read (default 2)
 
 Measured: images, boxes and classes; box sizes, sqrt(area) / side; boxes an image; the area and the cells that boxes
@@ -46,6 +47,7 @@ _HINTS: dict[str, Any] = {
     "reference": str,
     "features": str,
     "selector_weights": str,
+    "plugins": tuple[str, ...],
     "download": bool,
     "curves": bool,
     "run": tuple[str, ...],
@@ -68,6 +70,7 @@ class Options:
     reference: str | None
     features: str | None
     selector_weights: str | None
+    plugins: tuple[str, ...]
     download: bool
     runs: tuple[Path, ...]
     weights: tuple[Path, ...]
@@ -119,6 +122,7 @@ def read_options(argv: Sequence[str]) -> Options:
         reference=None if reference is None else str(reference),
         features=str(given["features"]) if given.get("features") else None,
         selector_weights=str(given["selector_weights"]) if given.get("selector_weights") else None,
+        plugins=tuple(_several(given.get("plugins"))),
         download=given.get("download", False),
         runs=tuple(map(Path, runs)),
         weights=tuple(map(Path, weights)),
@@ -157,15 +161,16 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
     beside = _reference(options)
     vit = None
     if options.features:
+        from focusdd_det.plugins import load_plugins
         from focusdd_det.selector import load_selector
 
+        load_plugins(options.plugins)
         vit = load_selector(
             options.features, options.selector_weights, device=options.device, download=options.download
         )
-    facts = [
-        read_set(folder, name, vit, options.workers)
-        for folder, name in zip(options.sets, short_names(options.sets), strict=True)
-    ]
+    names = dict(zip(options.sets, short_names(options.sets), strict=True))
+    pairs = _measured_on(options)
+    facts = [read_set(folder, name, vit, options.workers) for folder, name in names.items()]
     if all(one.task == "classify" for one in facts):
         beside = None
     told = [summary.numbers(one, beside) for one in facts]
@@ -179,15 +184,14 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
         content["features"] = {"model": options.features, "sha256": vit.sha256, "view": vit.view}
         parts.append(f"Diversity: pooled features of {options.features} at {vit.view} px, over all pairs of images.")
     sharp = []
-    for one in facts if options.weights else ():
-        for weights in options.weights:
-            how = (weights, one.folder, options.probes, options.seed)
-            if one.task == "classify":
-                found = curvature_cls.of_classifier(*how, options.batch, options.device)
-            else:
-                found = curvature_det.of_detector(*how, options.device)
-            sharp.append({"set": one.name, **found.plain()})
-            parts.append(f"{one.name}, {found.line()}")
+    for one, weights in pairs:
+        how = (weights, one, options.probes, options.seed)
+        if weights.suffix == ".pt":
+            found = curvature_det.of_detector(*how, options.device)
+        else:
+            found = curvature_cls.of_classifier(*how, options.batch, options.device)
+        sharp.append({"set": names[one], **found.plain()})
+        parts.append(f"{names[one]}, {found.line()}")
     content["hessian"] = sharp
     content["curves"] = [run.plain() for run in runs]
     files = plots.figures(facts, beside)
@@ -197,6 +201,27 @@ def measure(options: Options) -> tuple[dict[str, bytes], str]:
     files["stats.json"] = (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
     files["stats.md"] = (text + "\n").encode()
     return files, text
+
+
+def _measured_on(options: Options) -> list[tuple[Path, Path]]:
+    """Sets and the weights whose Hessian is measured on them: detectors on detection sets, classifiers on the others.
+
+    Raises:
+        ConfigError: a set or weights without the other.
+    """
+    from focusdd_det.detset import task_of
+
+    if not options.weights:
+        return []
+    detects = {folder: task_of(folder) == "detect" for folder in options.sets}
+    pairs = [(s, w) for s, detect in detects.items() for w in options.weights if (w.suffix == ".pt") == detect]
+    alone = [str(one) for one in (*options.sets, *options.weights) if not any(one in pair for pair in pairs)]
+    if alone:
+        raise ConfigError(
+            f"--hessian: nothing goes with {', '.join(alone)}; a detection set needs weights=last.pt of a detector, a "
+            "classification set weights=last.json of a classifier"
+        )
+    return pairs
 
 
 def _reference(options: Options) -> Any:
@@ -232,6 +257,7 @@ def _check_out(out: Path, sets: Sequence[Path]) -> None:
             raise ConfigError(f"out={out} lies in the set {place}, which is sealed by its hashes; choose another `out`")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; expected a folder, or a name that is free")
+    _refuse_loss(out)
     if missing := [str(one) for one in sets if not one.is_dir()]:
         raise DataError(f"no such folder: {', '.join(missing)}; expected distilled sets")
 
@@ -245,6 +271,16 @@ def _write(out: Path, files: dict[str, bytes]) -> None:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
     for name, data in files.items():
         write_atomic(out / name, data)
+
+
+def _refuse_loss(out: Path) -> None:
+    """A table of somebody else's is not replaced."""
+    try:
+        ours = "focusdd_det" in json.loads((out / "stats.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours and (there := [name for name in ("stats.md", "stats.json") if (out / name).exists()]):
+        raise ConfigError(f"{out / there[0]} is there and not of `focusdd stats`; choose another `out`")
 
 
 def _is_option(token: str) -> bool:

@@ -56,6 +56,7 @@ def read_run(run: Path, name: str) -> Curves:
     columns = [key for key in (rows[0] if rows else {}) if key.startswith("train/")]
     if not columns or "epoch" not in rows[0]:
         raise DataError(f"{table} holds no epoch of a training; expected the columns epoch and train/...")
+    rows = list({row["epoch"]: row for row in rows}.values())  # a resumed run may have written its last epoch twice
     try:
         losses = {key.removeprefix("train/"): _points(rows, key) for key in columns}
         score = next((key for key in SCORES if key in rows[0]), None)

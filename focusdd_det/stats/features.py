@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,11 +24,7 @@ def pooled(vit: Selector, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     Raises:
         WeightsError: values that are not finite.
     """
-    model: Any = vit.model
-    x = torch.from_numpy(pixels).to(vit.device).permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(values, device=vit.device).view(1, 3, 1, 1) for values in (vit.mean, vit.std))
-    x = ((x - mean) / std).to(next(model.parameters()).dtype)
-    features = model.forward_head(model.forward_features(x), pre_logits=True).float().cpu().numpy()
+    features = vit.pooled(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()).numpy()
     if not np.isfinite(features).all():
         raise WeightsError("the features are not finite: the weights are damaged, or do not fit the network")
     return np.asarray(features, np.float32)

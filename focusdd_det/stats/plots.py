@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -90,10 +91,10 @@ def curves_png(runs: Sequence[Curves]) -> bytes:
 def box_sizes(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Mapping[str, str]) -> None:
     """Shares of the boxes by sqrt(area) / side, on a logarithmic axis."""
     if reference is not None:
-        ax.stairs(100 * reference.shares, EDGES, fill=True, color="#dddddd", label=reference.name)
+        ax.stairs(100 * reference.shares, EDGES, fill=True, color="#dddddd", label=_text(reference.name))
         ax.stairs(100 * reference.shares, EDGES, color=GREY, linewidth=1)
     for one, colour in _coloured(sets, colours):
-        ax.stairs(100 * size_shares(one.sizes), EDGES, color=colour, linewidth=1.8, label=one.name)
+        ax.stairs(100 * size_shares(one.sizes), EDGES, color=colour, linewidth=1.8, label=_text(one.name))
     ax.set_xscale("log")
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -110,11 +111,13 @@ def boxes_per_image(ax: Any, sets: Sequence[Facts], reference: Reference | None,
     if reference is not None:
         known = np.repeat(np.arange(len(reference.boxes_per_image)), reference.boxes_per_image)
         edges = np.arange(most + 2) - 0.5
-        ax.stairs(100 * _capped(known, most), edges, fill=True, color="#dddddd", label=reference.name)
+        ax.stairs(100 * _capped(known, most), edges, fill=True, color="#dddddd", label=_text(reference.name))
         ax.stairs(100 * _capped(known, most), edges, color=GREY, linewidth=1)
     for i, (one, colour) in enumerate(_coloured(sets, colours)):
         shares = 100 * _capped(one.boxes_per_image, most)
-        ax.plot(at, shares, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=one.name, zorder=3 + i)
+        ax.plot(
+            at, shares, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=_text(one.name), zorder=3 + i
+        )
     step = -(-most // 10)
     ticks = [*range(0, most - step // 2, step), most]
     ax.set_xticks(ticks, [f"{tick}" if tick < most else f"{tick}+" for tick in ticks])
@@ -126,7 +129,7 @@ def confidence(ax: Any, sets: Sequence[Facts], reference: Reference | None, colo
     """Shares of the boxes by the teacher's confidence."""
     edges = np.linspace(0, 1, 21)
     for one, colour in _coloured(sets, colours):
-        _steps(ax, one.confidence, edges, colour, f"{one.name}: mean {one.confidence.mean():.2f}")
+        _steps(ax, one.confidence, edges, colour, f"{_text(one.name)}: mean {one.confidence.mean():.2f}")
     ax.set(title="How sure the teacher is of its boxes", xlabel="confidence", ylabel="boxes, %", xlim=(0, 1))
     _legend_above(ax)
 
@@ -138,7 +141,7 @@ def snr(ax: Any, sets: Sequence[Facts], reference: Reference | None, colours: Ma
     bins = int(np.clip(2 * np.cbrt(max(map(len, values))), 8, 30))
     edges = np.linspace(np.floor(low), np.ceil(high) if high > np.floor(low) else low + 1, bins + 1)
     for (one, colour), known in zip(_coloured(sets, colours), values, strict=True):
-        _steps(ax, known, edges, colour, f"{one.name}: mean {known.mean():.1f} dB")
+        _steps(ax, known, edges, colour, f"{_text(one.name)}: mean {known.mean():.1f} dB")
     ax.set(title="Signal to noise (3 x 3 Laplacian)", xlabel="SNR, dB", ylabel="images, %")
     _legend_above(ax)
 
@@ -152,9 +155,9 @@ def class_counts(ax: Any, sets: Sequence[Facts], reference: Reference | None, co
     for i, (one, colour) in enumerate(_coloured(sets, colours)):
         values = [counts[i].get(name, 0) for name in shown]
         places = at + (i - (len(sets) - 1) / 2) * thickness
-        bars = ax.barh(places, values, thickness * 0.92, color=colour, label=one.name)
+        bars = ax.barh(places, values, thickness * 0.92, color=colour, label=_text(one.name))
         ax.bar_label(bars, fontsize=6.5, padding=2, color="#666666")
-    ax.set_yticks(at, shown)
+    ax.set_yticks(at, [_text(name) for name in shown])
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
     what = "Boxes" if all(one.task == "detect" for one in sets) else "Images"
@@ -172,7 +175,7 @@ def loss_curves(ax: Any, runs: Sequence[Curves]) -> None:
         window = max(1, len(x) // 50)  # epochs of few steps jump: the line is a running mean, the jumps stay faint
         if window > 1:
             ax.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
-        ax.plot(x, _running_mean(y, window), color=colour, linewidth=1.8, label=run.name)
+        ax.plot(x, _running_mean(y, window), color=colour, linewidth=1.8, label=_text(run.name))
         if len(runs) == 1 and len(run.losses) > 1:
             for (term, points), other in zip(run.losses.items(), _colours()[1:], strict=False):
                 ax.plot(*_xy(points), color=other, linewidth=1.1, label=term)
@@ -189,7 +192,12 @@ def score_curves(ax: Any, runs: Sequence[Curves]) -> None:
             x, y = _xy(run.score)
             dots = {"marker": "o" if len(x) < 40 else "", "markersize": 4}
             ax.plot(
-                x, [100 * v for v in y], color=colour, linewidth=1.8, label=f"{run.name}: {100 * y[-1]:.4g}", **dots
+                x,
+                [100 * v for v in y],
+                color=colour,
+                linewidth=1.8,
+                label=f"{_text(run.name)}: {100 * y[-1]:.4g}",
+                **dots,
             )
     names = sorted({run.score_name for run in runs if run.score and run.score_name})
     ax.set(title=f"{' and '.join(names)}, as the run measured it", xlabel="epoch", ylabel="%")
@@ -207,7 +215,8 @@ def _png(rows: int, columns: int, size: tuple[float, float], panels: Sequence[Ca
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in a script that the font lacks is no reason for pages of warnings
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
         for ax, panel in zip(axes.flat, panels, strict=False):
             panel(ax)
@@ -217,6 +226,11 @@ def _png(rows: int, columns: int, size: tuple[float, float], panels: Sequence[Ca
         figure.savefig(buffer, format="png", dpi=130)
         pyplot.close(figure)
     return buffer.getvalue()
+
+
+def _text(name: str) -> str:
+    """A name that matplotlib takes for no formula, and shows in the legend also where it begins with _."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _steps(ax: Any, values: NDArray[np.float64], edges: NDArray[np.float64], colour: str, label: str) -> None:

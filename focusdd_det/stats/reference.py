@@ -69,13 +69,22 @@ def read_boxes(path: str | Path) -> Boxes:
     from focusdd_det.coco_eval import load_annotations
 
     content = load_annotations(path).dataset
-    sides = {picture["id"]: max(picture["width"], picture["height"]) for picture in content["images"]}
+    sides = {picture["id"]: _side(picture, path) for picture in content["images"]}
     kept = [row for row in content["annotations"] if not row["iscrowd"] and min(row["bbox"][2:]) > 0]
     if not kept:
         raise DataError(f"{path} holds no box; expected a COCO file such as instances_val2017.json")
     areas = np.array([row["bbox"][2] * row["bbox"][3] for row in kept], np.float64)
     sizes = np.sqrt(areas) / np.array([sides[row["image_id"]] for row in kept])
     return Boxes(tuple(sides), tuple(row["image_id"] for row in kept), areas, sizes)
+
+
+def _side(picture: dict[str, Any], path: str | Path) -> float:
+    sides = [s for s in (picture.get("width"), picture.get("height")) if isinstance(s, (int, float)) and s > 0]
+    if len(sides) < 2:
+        raise DataError(
+            f"{path}: image {picture['id']} has no width and height in px, which box sizes are told in; write them in"
+        )
+    return float(max(sides))
 
 
 def measure(path: str | Path) -> Reference:

@@ -205,6 +205,7 @@ def val_coco(argv: Sequence[str]) -> int:
         covered = resolve_data(options["set"]).covered
         if not covered:
             raise ConfigError(f"set={options['set']} is not a distilled set of ours; give covered=name,name instead")
+        covered = coco_eval.known_of(covered, annotations)
     device = select_device("" if options["device"] is None else str(options["device"]), verbose=False)
     numbers = {key: options[key] for key in ("imgsz", "batch", "conf", "iou", "max_det", "subset", "end2end")}
     result = coco_eval.evaluate(weights, annotations, images, device=str(device), covered=covered, **numbers)

@@ -62,8 +62,12 @@ def no_label_cache() -> Iterator[None]:
         ultralytics_dataset.save_dataset_cache_file = before
 
 
-def refuse_cut_jpegs(files: Iterable[str]) -> None:
-    """Refuse cut-short JPEGs before Ultralytics sees them: it would "restore" them by writing over the originals.
+def refuse_cut_jpegs(files: Iterable[str], rewritten: bool = True) -> None:
+    """Refuse JPEGs that do not end as they should.
+
+    Args:
+        rewritten: Ultralytics' own scan follows, which would "restore" them by writing over the originals; then bytes
+            after the end marker are refused, too. Otherwise a padding of zeros or line ends is let pass.
 
     Raises:
         DataError: naming the first such file.
@@ -72,11 +76,22 @@ def refuse_cut_jpegs(files: Iterable[str]) -> None:
         with Path(name).open("rb") as file:
             jpeg = file.read(2) == b"\xff\xd8"
             size = file.seek(0, 2)
-            file.seek(max(0, size - 2))
-            if size == 0 or (jpeg and file.read() != b"\xff\xd9"):
-                raise DataError(
-                    f"{name} is cut short ({size} bytes, no JPEG end marker); replace it or take it out of the data"
-                )
+            file.seek(max(0, size - _PADDING))
+            end = file.read()
+        if size and (not jpeg or end.endswith(_END)):
+            continue
+        if not end.rstrip(b"\x00\r\n ").endswith(_END):
+            raise DataError(
+                f"{name} is cut short ({size} bytes, no JPEG end marker); replace it or take it out of the data"
+            )
+        if rewritten:
+            raise DataError(
+                f"{name} has bytes after its JPEG end marker, so Ultralytics would write over it; save the picture "
+                "anew, or take it out of the data"
+            )
+
+
+_END, _PADDING = b"\xff\xd9", 1 << 16
 
 
 class CleanDataset(YOLODataset):  # type: ignore[misc]
