@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import read_class_set
 from focusdd_det.classify.nets import Classifier
-from focusdd_det.classify.teacher import load_classifier
+from focusdd_det.classify.teacher import in_precision, load_classifier
 from focusdd_det.classify.views import EvalDataset
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.errors import WeightsError
@@ -56,6 +56,19 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
     assert torch.equal(full(X), half(X))
     full.run_in(None)
     torch.testing.assert_close(full(X), before)
+
+
+def test_a_precision_in_which_it_overflows_is_not_taken(tmp_path: Path) -> None:
+    path = write_teacher(tmp_path / "t")
+    teacher = load_classifier(str(path), None, CLASSES, 32)
+    in_precision(teacher, torch.float16, 32, "cpu")
+    assert teacher.module.dtype == torch.float16
+    first = next(m for m in teacher.module.modules() if isinstance(m, torch.nn.Conv2d))
+    with torch.no_grad():
+        first.weight.mul_(1e6)
+    assert not torch.isfinite(teacher(X)).all()
+    in_precision(teacher, torch.float16, 32, "cpu")
+    assert teacher.module.dtype is None and torch.isfinite(teacher(X)).all()
 
 
 def test_classes_that_it_lacks_name_both_lists(tmp_path: Path) -> None:

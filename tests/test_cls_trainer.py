@@ -29,10 +29,11 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import read_class_set
-from focusdd_det.classify.nets import head_keys, make_net
+from focusdd_det.classify.nets import head_keys, heads_of, make_net
 from focusdd_det.classify.student import make_student
 from focusdd_det.classify.teacher import load_classifier
 from focusdd_det.classify.trainer import OWN_KEYS, FocusDDClassificationTrainer
+from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.errors import ConfigError, DataError, FocusDDError, WeightsError
 from focusdd_det.training import exact_resume
 
@@ -172,6 +173,25 @@ def test_the_last_layer_follows_the_names_of_the_classes(finished: Path, tmp_pat
                     assert all(torch.equal(state[key][i], value[known.index(n)]) for i, n in enumerate(names))
                 else:
                     assert not torch.equal(state[key], value)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_the_library_s_own_last_layer_follows_the_names_too(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    synsets = imagenet_synsets()
+    names = synsets[::-1] if turned else tuple(f"own {i}" for i in range(1000))
+    made: list[Any] = []
+
+    def fetched(name: str, classes: int, size: int, download: bool = False) -> Any:
+        net = make_net(name, classes, size)
+        made.append((net, heads_of(net)[0].weight.detach().clone()))
+        return net
+
+    monkeypatch.setattr("focusdd_det.classify.student.make_net", fetched)
+    student: Any = make_student(NET, names, SIZE, weights="imagenet", download=True)
+    (net, before), (layer,) = made[0], heads_of(made[0][0])
+    assert student.net is net.module
+    assert torch.equal(layer.weight, before.flip(0)) == turned
+    assert not torch.equal(layer.weight, before)
 
 
 def test_the_last_layer_of_a_yolo_follows_the_names_too(tmp_path: Path) -> None:

@@ -121,6 +121,9 @@ def test_what_an_arm_gives_itself_is_not_replaced_from_outside(tmp_path: Path) -
     file.write_text(yaml.safe_dump({"task": "detect", "arms": {"a": None}, "iterations": 7}))
     found = read_experiment(file, overrides={"train.epochs": 5})
     assert (found.iterations, found.train["epochs"]) == (None, 5)
+    for both in ({"train.epochs": 5, "iterations": 3}, {"iterations": 3, "train.epochs": 5}):
+        with pytest.raises(ConfigError, match=r"iterations and train\.epochs are both given"):
+            read_experiment(file, overrides=both)
 
 
 def test_a_grid_is_every_combination() -> None:

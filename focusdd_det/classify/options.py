@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from focusdd_det.config import KeyedOptions, suggest
@@ -26,14 +27,32 @@ def leaves_one_over(pictures: int, batch: int) -> bool:
     return pictures > batch > 1 and pictures % batch == 1
 
 
-def without_effect(values: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
-    """Keys that would change nothing here, given as if they did.
+def not_for_classifiers(values: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """What is wrong with Ultralytics' keys that have no place here, or would change nothing.
 
     Args:
         values: the training's keys.
         usual: Ultralytics' defaults.
     """
-    return [key for key in NOT_OURS if key in values and values[key] not in (usual[key], 0, None, False, "", "none")]
+    off = (0, None, False, "", "none")
+    problems = [
+        f"{key} is not for this trainer; leave it out" for key in ("distill_model", "single_cls") if values.get(key)
+    ]
+    if isinstance(values.get("pretrained"), (str, Path)):
+        problems.append(f"pretrained={values['pretrained']}: give weights=<file> instead")
+    if values.get("freeze") and not _is_yolo(str(values.get("model"))):
+        problems.append(f"freeze={values['freeze']}: counts the layers of YOLO models alone; leave it out")
+    idle = [key for key in NOT_OURS if key in values and values[key] not in (usual[key], *off)]
+    if idle:
+        problems.append(
+            f"{', '.join(idle)}: without effect here, where a view is a crop (scale), a flip (fliplr) and a CutMix "
+            "(cutmix) of a picture; leave it out"
+        )
+    return problems
+
+
+def _is_yolo(model: str) -> bool:
+    return Path(model).suffix in (".yaml", ".yml", ".pt") or model.startswith("yolo")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def _library(name: str, names: Sequence[str], size: int, weights: str | None, do
     else:
         net = make_net(name, classes, size, download=weights == OWN_WEIGHTS)
     if start is None:
+        if weights == OWN_WEIGHTS and classes == len(imagenet_synsets()):  # the library keeps its last layer
+            _settle_head(net, imagenet_synsets(), names)
         return net
     if start.suffix == ".json":
         named = read_spec(start)
@@ -96,7 +98,7 @@ def _library(name: str, names: Sequence[str], size: int, weights: str | None, do
             raise WeightsError(f"weights={start} names no weights; expected a spec with a `weights` entry")
         start, known = named.weights, named.classes
     had = outputs_in(net, read_state(start)[0])
-    if known is None and had == len(imagenet_synsets()):
+    if known is None and set(names) == set(imagenet_synsets()):
         known = imagenet_synsets()
     kept, told = _head(had, known, names)
     load_weights(net, start, head=kept)
@@ -105,6 +107,17 @@ def _library(name: str, names: Sequence[str], size: int, weights: str | None, do
             arrange_head(layer, known, names)
     LOGGER.info(f"the student starts from {start}{told}")
     return net
+
+
+def _settle_head(net: Net, known: Sequence[str], names: Sequence[str]) -> None:
+    """The last layer that a library gave with its weights: in the order of `names`, or anew if they are others."""
+    kept, told = _head(len(known), known, names)
+    for layer in heads_of(net):
+        if kept:
+            arrange_head(layer, known, names)
+        else:
+            layer.reset_parameters()  # type: ignore[operator]
+    LOGGER.info(f"the student starts from its library's weights{told}")
 
 
 def _head(had: int | None, known: Sequence[str] | None, names: Sequence[str]) -> tuple[bool, str]:

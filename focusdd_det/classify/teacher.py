@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +32,7 @@ from focusdd_det.errors import FocusDDError, WeightsError
 from focusdd_det.selector import read_state
 from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 
+log = logging.getLogger("focusdd")
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +44,8 @@ class ClassTeacher:
         module: pixels [B, 3, S, S] float in [0, 1] -> logits [B, classes] float32, on its device; eval, no gradient.
         name: what it was asked for by.
         sha256: of its weights: the file, or the tensors where a library fetched them.
-        spec: hash of everything else that decides what it says: architecture, its classes, size, mean, std, precision.
+        spec: hash of everything else that decides what it says: architecture, its classes, size, mean, std, and the
+            precision that it was loaded with.
         classes: what each column stands for.
     """
 
@@ -136,15 +139,28 @@ def load_classifier(
     return teacher
 
 
+def in_precision(teacher: ClassTeacher, dtype: torch.dtype | None, size: int, device: str | torch.device) -> None:
+    """From now on in this precision, where its outputs are finite in it; else in float32, which is said."""
+    teacher.run_in(dtype)
+    if dtype is None:
+        return
+    try:
+        _probe(teacher, size, device)
+    except WeightsError:
+        teacher.run_in(None)
+        log.warning("the teacher %s does not run in %s, so it runs in float32", teacher.name, dtype)
+
+
 def _probe(teacher: ClassTeacher, size: int, device: str | torch.device) -> None:
     """What does not fit is found here, not in the middle of a run."""
     try:
-        logits = teacher(torch.full((1, 3, size, size), 0.5, device=device))
+        noise = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        logits = teacher(noise.to(device))
     except FocusDDError:
         raise
     except Exception as error:
         raise WeightsError(f"the teacher {teacher.name} does not run at {size} px: {str(error)[:300]}") from error
-    if logits.shape != (1, len(teacher.classes)) or not bool(torch.isfinite(logits).all()):
+    if logits.shape != (2, len(teacher.classes)) or not bool(torch.isfinite(logits).all()):
         raise WeightsError(
             f"the teacher {teacher.name} gives {list(logits.shape)} outputs, or some that are not finite; expected "
             f"{len(teacher.classes)} finite logits: its weights are damaged"

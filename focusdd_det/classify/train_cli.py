@@ -27,8 +27,8 @@ TRAIN_USAGE = """Train a classifier on a distilled set with a teacher's soft lab
   python tools/train_cls.py resume=runs/classify/train
   python tools/train_cls.py data=datasets/in10 store=datasets/in10_labels eval_data=none --dry-run
 
-`key=value` or `--key value`; every key of `yolo classify train` but its own augmentation, and those below. --dry-run
-prints the plan and stops.
+`key=value` or `--key value`; those below and every key of `yolo classify train` that means something here (others are
+refused by name). --dry-run prints the plan and stops.
 """
 
 

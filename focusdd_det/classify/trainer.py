@@ -33,7 +33,7 @@ from focusdd_det import __version__
 from focusdd_det.classify import nets
 from focusdd_det.classify.accuracy import accuracy
 from focusdd_det.classify.classset import ClassSet, read_class_set
-from focusdd_det.classify.options import Options, leaves_one_over, without_effect
+from focusdd_det.classify.options import Options, leaves_one_over, not_for_classifiers
 from focusdd_det.classify.student import make_student
 from focusdd_det.classify.subsets import Subsets, SubsetSampler, SubsetViews
 from focusdd_det.classify.supervision import SOFT_KEY, SoftLabels
@@ -145,8 +145,6 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             download=self.options.download,
             seed=self.args.seed,
         )
-        if self.args.freeze and isinstance(self._student, nets.Classifier):
-            raise ConfigError(f"freeze={self.args.freeze}: counts the layers of YOLO models alone; leave it out")
         stored = self.store.description["teacher"] if self.store else {}
         self.origin = {
             "set": self.train_set.sha256,
@@ -199,16 +197,8 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
             problems.append("batch=1: BatchNorm needs two pictures at this imgsz")
         if isinstance(args.scale, (list, tuple)) or not 0 <= args.scale < 1:
             problems.append(f"scale={args.scale}: expected a number from 0 to below 1, the views are 1 - scale to 1")
-        for key, default in (("distill_model", None), ("single_cls", False)):
-            if getattr(args, key) not in (default, False):
-                problems.append(f"{key} is not for this trainer; leave it out")
-        if isinstance(args.pretrained, (str, Path)):
-            problems.append(f"pretrained={args.pretrained}: give weights=<file> instead")
-        if not self.resume and (idle := without_effect(vars(args), DEFAULT_CFG_DICT)):
-            problems.append(
-                f"{', '.join(idle)}: without effect here, where a view is a crop (scale), a flip (fliplr) and a CutMix "
-                "(cutmix) of a picture; leave it out"
-            )
+        if not self.resume:  # a run that goes on keeps what it began with
+            problems += not_for_classifiers(vars(args), DEFAULT_CFG_DICT)
         if problems:
             raise ConfigError("the arguments are not valid:\n  " + "\n  ".join(problems))
         args.close_mosaic = 0  # there is none, and closing it would draw the epoch's pictures again
@@ -394,8 +384,10 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         with local_amp_check(class_scores, int(self.args.imgsz)):
             super()._setup_train()
         if self.teacher is not None and self.device.type == "cuda":  # in the precision of the student's forward
+            from focusdd_det.classify.teacher import in_precision
+
             mixed = torch.bfloat16 if self.args.amp == "bf16" else torch.float16
-            self.teacher.run_in(mixed if self.amp else None)
+            in_precision(self.teacher, mixed if self.amp else None, int(self.args.imgsz), self.device)
         if RANK in {-1, 0}:
             if self.store is not None:
                 LOGGER.info(

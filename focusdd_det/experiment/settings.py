@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from focusdd_det.classify.options import leaves_one_over, without_effect
+from focusdd_det.classify.options import leaves_one_over, not_for_classifiers
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, cfg_dir, load, read_yaml
 from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.experiment.grid import Arm
@@ -230,8 +230,8 @@ def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str
     if options.eval_data is None:
         raise ConfigError("eval: data: none: an experiment needs something to measure on")
     check_stock(train, "classify")
-    if idle := without_effect(train, DEFAULT_CFG_DICT):
-        raise ConfigError(f"train: {', '.join(idle)}: without effect on a classifier's views; leave it out")
+    if problems := not_for_classifiers(train, DEFAULT_CFG_DICT):
+        raise ConfigError("train: " + "; ".join(problems))
 
 
 EVAL_KEYS = (

@@ -241,12 +241,12 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_overrides(content: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if "train.epochs" in overrides:
+        content = {key: value for key, value in content.items() if key != ITERATIONS}  # the one or the other
     for key, value in overrides.items():
         section, dot, rest = key.partition(".")
         if dot and section in SECTIONS and rest:
             content = {**content, section: {**(content.get(section) or {}), rest: value}}
-            if key == "train.epochs":
-                content.pop("iterations", None)
         elif key in ("iterations", "seeds", "metric", "floor", "x"):
             content = {**content, key: value}
         else:
