@@ -31,6 +31,6 @@ def test_every_other_file_of_a_package_is_named() -> None:
     for package in lines("options", "packages"):
         given = lines("options.package_data", package) if package in SETUP["options.package_data"] else []
         named = {file for pattern in given for file in folder(package).glob(pattern)}
-        assert all(list(folder(package).glob(pattern)) for pattern in given if pattern != "*.pt"), package
+        assert all(list(folder(package).glob(pattern)) for pattern in given), package
         there = {f for f in folder(package).iterdir() if f.is_file() and f.suffix not in (".py", ".pyc")}
         assert there <= named, package
