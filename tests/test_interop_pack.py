@@ -323,7 +323,7 @@ def test_a_run_that_was_stopped_leaves_nothing_in_the_way(
 @pytest.mark.parametrize("command", ["pack", "unpack"])
 def test_killed_and_run_again(tmp_path: Path, command: str) -> None:
     """SIGKILL at moments that differ; the same command then gives the whole."""
-    folder = det_set(tmp_path / "set", count=150)
+    folder = with_gallery(det_set(tmp_path / "set", count=150))
     pack(folder, tmp_path / "whole.tar")
     script = "import sys; from focusdd_det.cli import main; print('ready', flush=True); sys.exit(main(sys.argv[1:]))"
     words = {
