@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -40,6 +41,7 @@ from focusdd_det.scoring.window_judge import WindowJudge
 from focusdd_det.selector import Selector, in_precision, load_selector, precision_of, token_grid
 from focusdd_det.showing.gallery import NAME as GALLERY
 from focusdd_det.showing.gallery import write_gallery
+from focusdd_det.sources import Root
 from focusdd_det.teacher import load_detector
 
 log = logging.getLogger("focusdd")
@@ -102,7 +104,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     out = _out(config)
     work = out.with_name(out.name + detset.INCOMPLETE)
     for target in (out, work, Path(config.scores or out)):
-        detset.refuse_overlap(target, [root.path for root in plan.roots])
+        detset.refuse_overlap(target, [place for root in plan.roots for place in _places_of(root)])
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
@@ -135,6 +137,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
                 blank = store.passed_over(config.least_entropy) if config.least_entropy else None
                 _report_repeats(store.repeats())
                 _report_passed_over(blank, counts, config)
+                _report_short(plan, items)
         finally:
             store.close()
         if config.grow_from:
@@ -147,6 +150,12 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
 
 
 # --- before the work
+
+
+def _places_of(root: Root) -> list[Path]:
+    """Where a root's pictures lie: also those that a linked class folder leads to."""
+    linked = [root.path / folder for folder in root.folders if (root.path / folder).is_symlink()]
+    return [root.path, *linked]
 
 
 def _out(config: SetConfig) -> Path:
@@ -246,6 +255,7 @@ def _already_there(
         changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
         if changed and config.overwrite:
             with detset.locked(work):
+                detset.set_strays_aside(work, _aside(out), begun=True)
                 detset.remove_ours(work)
         elif changed:
             raise ConfigError(_refusal(f"{work} was begun with another configuration", changed))
@@ -493,6 +503,20 @@ def _finish(
     detset.write_atomic(work / "COMPLETE", detset.seal(work))
 
 
+def _report_short(plan: Plan, items: Sequence[detset.Item]) -> None:
+    """Classes that came out smaller than planned: copies and bad sources are only known by now."""
+    made = Counter(item.group for item in items)
+    short = [f"{group.name} {made[group.name]} of {group.ipc}" for group in plan.groups if made[group.name] < group.ipc]
+    if short:
+        log.warning(
+            "%d classes have fewer composites than planned, as sources were copies of others or could not be used: "
+            "%s%s. Add pictures, or lower ipc",
+            len(short),
+            ", ".join(short[:20]),
+            ", ..." if len(short) > 20 else "",
+        )
+
+
 def _publish(work: Path, out: Path, config: SetConfig) -> None:
     """`<out>.incomplete` becomes `out`; an older set makes room only now that the new one is whole."""
     replaced = out.with_name(out.name + ".replaced")
@@ -505,6 +529,7 @@ def _publish(work: Path, out: Path, config: SetConfig) -> None:
                 raise DiskError(f"{out} is not a set of this program; it is not replaced. The new one is in {work}")
             if replaced.exists():  # of a replacement that was cut off
                 detset.remove_ours(replaced)
+            detset.set_strays_aside(out, _aside(out))
             out.replace(replaced)
         work.replace(out)
         (out / ".lock").unlink(missing_ok=True)  # of a build that was started in this very moment

@@ -472,10 +472,16 @@ def read_data_yaml(folder: Path) -> list[str]:
     return list(names.values())
 
 
-def set_strays_aside(folder: Path, aside: Path) -> None:
-    """Move everything that is not part of a set into a folder beside it: it may be somebody's."""
+def set_strays_aside(folder: Path, aside: Path, begun: bool = False) -> None:
+    """Move everything that is not part of a set into a folder beside it: it may be somebody's.
+
+    Args:
+        begun: the set is not finished: what a build keeps beside it stays, and files of composites not yet listed.
+    """
     known = _places(read_manifest(folder, tolerant=True))
     for path in list(_strays(folder, known)):
+        if begun and (path.parent != folder or path.name.startswith((".", "scores.sqlite"))):
+            continue
         _move(path, aside / path.relative_to(folder))
 
 

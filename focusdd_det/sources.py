@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from focusdd_det.errors import DataError
 from focusdd_det.types import Source
 
 MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def folder_names(root: Root) -> set[str]:
     if root.path.is_file():
         with _open_tar(root.path) as archive:
             members = _members(archive, root.path)
-            return {_tar_folder(member.name) for member in members if _is_class_member(member)}
+            return _classes_of((member.name for member in members if _is_class_member(member)), root.path)
     try:
         entries = list(os.scandir(root.path))
     except OSError as error:
@@ -128,27 +128,34 @@ def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Locat
 
 def locate(root: Root, path: str, folder: str, group: str, offset: int | None, size: int, mtime_ns: int) -> Located:
     """A source that was seen before, from the columns that were kept of it."""
-    file = root.path if root.path.is_file() else root.path / path.partition("!")[0]
+    if root.path.is_file():
+        file = root.path
+    else:  # `!` marks what lies in an archive; without an offset it is part of a name
+        file = root.path / (path if offset is None else path[: path.index(".tar!") + len(".tar")])
     return Located(Source(root.name, path, folder, group), file, size, mtime_ns, offset)
 
 
 def _stream_folder(root: Root, start: Path, folder: str) -> Iterator[Located]:
-    pending = [start]
+    pending = [(start, frozenset({_place(start.stat())}))]
     while pending:
-        current = pending.pop()
+        current, above = pending.pop()
         try:
             entries = os.scandir(current)
         except OSError as error:
             raise DataError(f"cannot list {current}: {error.strerror}; make it readable or remove it") from error
         with entries:
             for entry in entries:
+                if entry.name.startswith("."):
+                    continue  # companions of pictures, such as ._x.jpg, and what tools keep
                 looks = entry.name.lower().endswith(EXTENSIONS)
                 problem = None
                 size = mtime = 0
                 try:
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=not looks):
                         if not looks:
-                            pending.append(Path(entry.path))
+                            place = _place(entry.stat())
+                            if place not in above:  # a link that leads back up
+                                pending.append((Path(entry.path), above | {place}))
                             continue
                         problem = "a folder, not a picture"
                     elif not looks:
@@ -216,6 +223,8 @@ def _member(
     if not member.name.lower().endswith(EXTENSIONS):
         return None
     parts = member.name.split("/")
+    if any(part.startswith(".") and part not in (".", "..") for part in parts):
+        return None  # hidden, as in folders
     folder = folder or (parts[-2] if len(parts) > 1 else "")
     if folder not in wanted:
         return None
@@ -256,6 +265,29 @@ def _members(archive: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
 
 def _is_class_member(member: tarfile.TarInfo) -> bool:
     return member.name.endswith(".tar") or (member.name.lower().endswith(EXTENSIONS) and "/" in member.name)
+
+
+def _classes_of(names: Iterable[str], archive: Path) -> set[str]:
+    """The class folders in a tar: the innermost ones.
+
+    Raises:
+        DataError: one of that name lies below several others, so that it is hardly a class.
+    """
+    above: dict[str, str] = {}
+    for name in names:
+        folder = _tar_folder(name)
+        parent = "" if name.endswith(".tar") else name.rpartition("/")[0].rpartition("/")[0]
+        if above.setdefault(folder, parent) != parent:
+            raise DataError(
+                f"{archive}: folders called {folder} lie below {above[folder] or '.'} and {parent or '.'}. In one tar "
+                "the innermost folder is the class: expected <class>/*.JPEG. Unpack it and give the folder, where the "
+                "outermost is"
+            )
+    return set(above)
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _tar_folder(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,55 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def made(bench: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(bench, tmp_path_factory.mktemp("made") / "set")
+
+
+def test_what_overwriting_finds_in_a_set_is_kept(bench: Path, tmp_path: Path) -> None:
+    out = make(bench, tmp_path / "set", ipc=1, method="random")
+    (out / "runs" / "train").mkdir(parents=True)
+    (out / "runs" / "train" / "best.pt").write_text("hours of work")
+    (out / "notes.txt").write_text("mine")
+    make(bench, out, method="random", overwrite=True)
+    assert verify(out) == []
+    aside = tmp_path / "set.strays"
+    assert (aside / "runs" / "train" / "best.pt").read_text() == "hours of work"
+    assert (aside / "notes.txt").read_text() == "mine"
+
+
+def test_a_begun_set_that_is_overwritten_keeps_what_is_not_its_own(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("focusdd_det.build._finish", stop)
+        make(bench, tmp_path / "set", ipc=1, method="random")
+    (tmp_path / "set.incomplete" / "notes.txt").write_text("mine")
+    make(bench, tmp_path / "set", method="random", overwrite=True)
+    assert [p.name for p in (tmp_path / "set.strays").iterdir()] == ["notes.txt"]
+
+
+def test_a_class_that_comes_out_smaller_is_told_of(
+    bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("focusdd"), "propagate", True)
+    photos = shutil.copytree(bench / "photos", tmp_path / "photos")
+    for i in range(1, 9):  # another file, the same picture
+        shutil.copy(photos / "n02" / "0.jpg", photos / "n02" / f"{i}.jpg")
+        with (photos / "n02" / f"{i}.jpg").open("ab") as file:
+            file.write(bytes(i))
+    make(bench, tmp_path / "set", sources=[str(photos)], method="random", near_duplicate=4)
+    assert "1 classes have fewer composites than planned" in caplog.text and "n02 1 of 2" in caplog.text
+
+
+def test_a_set_in_a_folder_that_a_link_of_the_sources_leads_to_is_refused(bench: Path, tmp_path: Path) -> None:
+    real = shutil.copytree(bench / "photos", tmp_path / "real")
+    (tmp_path / "photos").mkdir()
+    for name in CLASSES:
+        (tmp_path / "photos" / name).symlink_to(real / name)
+    with pytest.raises(ConfigError, match="lie in each other"):
+        make(bench, real / "n01" / "set", sources=[str(tmp_path / "photos")], method="random")
+    assert verify(make(bench, tmp_path / "set", sources=[str(tmp_path / "photos")], method="random")) == []
 
 
 def test_composites_lie_in_class_folders_that_stock_loaders_read(made: Path) -> None:

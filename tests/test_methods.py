@@ -383,3 +383,11 @@ def test_realism_and_whole_are_as_before() -> None:
     assert METHODS["whole"].crop(view_of(30, 20, "squash"), (0, 0), 7, config, "s") == Crop(5, 0, 20)
     looks: Callable[..., list[Crop]] = METHODS["realism"].look_crops
     assert len(looks(100, 80, "s", config)) == METHODS["realism"].looks == 5
+
+
+@pytest.mark.parametrize("crop", ["window", "cover", "fixed"])
+def test_random_crops_are_as_large_as_focusdd_s(crop: str) -> None:
+    """Also where `crop=` makes those larger or of one size."""
+    config, view = load_config(sources=["x"], crop=crop), view_of(1600, 600, "squash")
+    sides = {METHODS[name].crop(view, (1, 1), 14, config, "s").side for name in ("focusdd", "random", "random_as")}
+    assert len(sides) == 1

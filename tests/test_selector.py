@@ -206,3 +206,14 @@ def test_deit_tiny_on_photographs(assets: Path) -> None:
     probabilities, _ = selector(views)
     right = sum(selector.classes[int(i)] == p.parent.name for i, p in zip(probabilities.argmax(1), files, strict=True))
     assert right >= 0.6 * len(files)
+
+
+def test_a_distilled_vit_takes_its_own_checkpoint(tmp_path: Path) -> None:
+    """With both heads; the same ViT without the second takes it, too."""
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    own = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3, **kwargs).eval()
+    save_file({k: v.contiguous() for k, v in own.state_dict().items()}, tmp_path / "w.safetensors")
+    content = {"arch": "deit_tiny_distilled_patch16_224", "kwargs": kwargs, "classes": ["a", "b", "c"]}
+    (tmp_path / "v.json").write_text(json.dumps(content | {"weights": "w.safetensors"}))
+    vit = load_selector(str(tmp_path / "v.json"), None)
+    assert torch.equal(vit.model.head_dist.weight, own.head_dist.weight)

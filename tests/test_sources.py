@@ -56,6 +56,43 @@ def test_class_folders(tmp_path: Path) -> None:
     assert {s.source.path for s in stream(root, {"n2"})} == {"n2/c.png"}
 
 
+def test_what_lies_in_class_folders(tmp_path: Path) -> None:
+    """Hidden files are not looked at, links are followed (but not back up), `!` is a letter like others."""
+    files = {
+        "n1/wow!/a!.jpg": b"a",
+        "n1/b.JFIF": b"b",
+        "n1/._b.jpg": b"no",
+        "n1/.cache/c.jpg": b"no",
+        "far/d.jpg": b"d",
+    }
+    for name, data in files.items():
+        (tmp_path / "top" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / name).write_bytes(data)
+    (tmp_path / "top" / "n1" / "more").symlink_to(tmp_path / "top" / "far")
+    (tmp_path / "top" / "far" / "back").symlink_to(tmp_path / "top" / "n1")
+    (tmp_path / "top" / "n1" / "round").symlink_to(tmp_path / "top" / "n1")
+    root = Root("r", tmp_path / "top", MAP)
+    found = seen(root)
+    assert {path: data for path, (_, _, data) in found.items()} == {
+        "n1/wow!/a!.jpg": b"a", "n1/b.JFIF": b"b", "n1/more/d.jpg": b"d",
+    }  # fmt: skip
+    for located in stream(root):
+        s = located.source
+        assert locate(root, s.path, s.folder, s.group, None, located.size, 0).read() == found[s.path][2]
+    write_tar(tmp_path / "all.tar", {f"./{name}": data for name, data in files.items()})
+    assert set(seen(Root("r", tmp_path / "all.tar", {"wow!": "dog", "n1": "dog"}))) == {
+        "./n1/wow!/a!.jpg",
+        "./n1/b.JFIF",
+    }
+
+
+def test_a_tar_whose_innermost_folders_are_no_classes_is_refused(tmp_path: Path) -> None:
+    """Tiny-ImageNet as it is published: <class>/images/*.JPEG."""
+    write_tar(tmp_path / "tiny.tar", {"n1/images/a.JPEG": b"a", "n2/images/b.JPEG": b"b"})
+    with pytest.raises(DataError, match="folders called images lie below n1 and n2"):
+        folder_names(Root("r", tmp_path / "tiny.tar", {}))
+
+
 def test_a_tar_a_class_as_imagenet_ships_them(tmp_path: Path) -> None:
     write_tar(tmp_path / "n1.tar", {"n1_1.JPEG": b"one", "n1_2.JPEG": b"two"})
     write_tar(tmp_path / "n3.tar", {"n3_1.JPEG": b"three"})

@@ -55,7 +55,8 @@ class TimmViT(Backbone):
         from timm.models.vision_transformer import checkpoint_filter_fn
 
         fitted: dict[str, Tensor] = checkpoint_filter_fn(state, model)  # resamples the position embedding to the view
-        return {key: value for key, value in fitted.items() if not key.startswith("head_dist")}
+        own = hasattr(model, "head_dist")  # weights of a distilled ViT fit the same ViT without that head
+        return {key: value for key, value in fitted.items() if own or not key.startswith("head_dist")}
 
     def look(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         with ClassTokenRows(model) as seen:

@@ -173,14 +173,22 @@ def _read_folders(folder: Path, split: str, wanted: Sequence[str] | None) -> Cla
     return ClassSet(folder, names, paths, np.concatenate(classes), keys, digest.hexdigest(), False)
 
 
-def _pictures(folder: Path, below: str = "") -> Iterator[tuple[str, int]]:
-    """(path relative to the class folder, size) of every picture, also in folders inside."""
+_NOWHERE: frozenset[tuple[int, int]] = frozenset()
+
+
+def _pictures(folder: Path, below: str = "", above: frozenset[tuple[int, int]] = _NOWHERE) -> Iterator[tuple[str, int]]:
+    """(path relative to the class folder, size) of every picture, also in folders inside and in those that links lead
+    to; `above` are the folders that this one lies in, which are not entered again."""
+    status = folder.stat()
+    place = status.st_dev, status.st_ino
+    if place in above:
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _pictures(folder / entry.name, f"{below}{entry.name}/")
+            if entry.is_dir():
+                yield from _pictures(folder / entry.name, f"{below}{entry.name}/", above | {place})
             elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
                 yield f"{below}{entry.name}", entry.stat().st_size
 

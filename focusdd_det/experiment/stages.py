@@ -62,7 +62,6 @@ STORE_MACHINE = ("device", "workers", "download", "overwrite")
 STORE_FILES = ("teacher", "teacher_weights", "eval_data")
 EVAL_MACHINE = ("device", "download")
 PACKAGE = Path(__file__).resolve().parent.parent
-_LINKED = 2  # levels at which builds and trainings follow linked folders: <folder>/<class>, <folder>/<split>/<class>
 _ALL_EQUAL = ("random", "whole")  # methods that look at sources in the same way, without the ViT
 
 
@@ -144,8 +143,7 @@ class Fingerprints:
                 total = count = 0
                 for top, inner, names in os.walk(path, followlinks=True):
                     relative = os.path.relpath(top, path)
-                    if len(Path(relative).parts) >= _LINKED:
-                        inner[:] = [name for name in inner if not Path(top, name).is_symlink()]
+                    inner[:] = [name for name in inner if not _leads_back(Path(top, name))]
                     for name in names:
                         if name.endswith(".cache"):
                             continue  # of Ultralytics, not of the data
@@ -165,6 +163,11 @@ class Fingerprints:
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a link leads to a folder that it lies in."""
+    return folder.is_symlink() and folder.resolve() in folder.parent.resolve().joinpath("x").parents
 
 
 def _size(file: str) -> int:

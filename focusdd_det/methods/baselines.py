@@ -12,7 +12,7 @@ from focusdd_det.methods.base import Base, monotone, shuffled
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, ranked
 from focusdd_det.types import Crop, View, round_half_up
-from focusdd_det.windows import middle_square, window_side
+from focusdd_det.windows import key_crop, middle_square, window_side
 
 REALISM_LEAST = 0.08  # least area of a crop, as a share of the largest
 
@@ -25,8 +25,8 @@ class RandomCrops(Base):
         return shuffled(candidates, config, group)
 
     def crop(self, view: View, corner: tuple[int, int], grid: int, config: SetConfig, sha256: str) -> Crop:
-        short = min(view.width, view.height)
-        side = max(1, round_half_up(window_side(grid, config.side_ratio) / grid * short))
+        k, cell = window_side(grid, config.side_ratio), config.image_size // config.grid
+        side = key_crop(view, (0, 0), k, grid, config.crop, cell).side
         x = int(uniform("x", config.seed, sha256) * (view.width - side + 1))
         y = int(uniform("y", config.seed, sha256) * (view.height - side + 1))
         return Crop(x, y, side)

@@ -75,6 +75,10 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
             return _slow(header)
     except BadImage:
         raise
+    except PILImage.DecompressionBombError as error:
+        raise BadImage(
+            f"{error} Whatever max_pixels is, only upright JPEGs may be larger."
+        ) from error
     except UnidentifiedImageError as error:
         raise BadImage("not a picture that Pillow or OpenCV can read") from error
     except MemoryError as error:
