@@ -76,9 +76,7 @@ def decode(data: bytes, least_side: int | None = None, max_pixels: int = 178_956
     except BadImage:
         raise
     except PILImage.DecompressionBombError as error:
-        raise BadImage(
-            f"{error} Whatever max_pixels is, only upright JPEGs may be larger."
-        ) from error
+        raise BadImage(f"{error} Whatever max_pixels is, only upright JPEGs may be larger.") from error
     except UnidentifiedImageError as error:
         raise BadImage("not a picture that Pillow or OpenCV can read") from error
     except MemoryError as error:
