@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from focusdd_det import detset
 from focusdd_det.cli import main
+from focusdd_det.methods import METHODS
 from focusdd_det.scoring.decode import decode
 from focusdd_det.scoring.glance import view_pixels
 from focusdd_det.selector import load_selector
@@ -321,7 +322,10 @@ def test_a_set_of_a_method_of_the_user_s_wants_its_file(
         "from focusdd_det.methods import register\nfrom focusdd_det.methods.focus import FocusDD\n"
         "register('of_the_gallery', type('Mine', (FocusDD,), {})())\n"
     )
-    assert main([*words, f"plugins={tmp_path / 'mine.py'}"]) == 0
+    try:
+        assert main([*words, f"plugins={tmp_path / 'mine.py'}"]) == 0
+    finally:
+        METHODS.pop("of_the_gallery", None)
 
 
 def test_the_page_is_outside_the_hashes_and_always_the_same(drawn: Path, tmp_path: Path) -> None:
