@@ -44,10 +44,12 @@ from focusdd_det.training.run_files import (
 )
 from focusdd_det.training.run_guard import guarded
 from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion
-from focusdd_det.training.targets import VIEWS, TargetStore
+from focusdd_det.training.targets import VIEWS, TargetStore, as_stored
 from focusdd_det.training.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
 
 ORIGIN_KEY = "focusdd_origin"  # hashes of the set, the teacher, its stored targets; kept in the checkpoint
+MOVABLE = ("teacher", "targets", "eval_data", "eval_annotations", "download", ORIGIN_KEY)  # of a run that is resumed
+NO_ANNOTATIONS = "none"  # value of eval_annotations: no COCO mAP, whatever lies beside the pictures
 OWN_KEYS = (*Options.keys(), ORIGIN_KEY)
 OPTIMIZER = "SGD"  # of the official YOLO11 recipe; Ultralytics' `auto` changes optimizer with the number of iterations
 PREFIX = colorstr("focusdd: ")
@@ -121,7 +123,12 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             if hasattr(self.args, key):
                 delattr(self.args, key)
         before = {key: resumed[key] for key in OWN_KEYS if key in resumed}
+        _refuse_changes(before, self.own_given)
         self.options = Options.of({**before, **self.own_given})
+        if str(self.args.cache).lower() == "disk":
+            raise ConfigError("cache=disk writes beside the pictures; give cache=ram, or leave it out")
+        if self.args.split != "val":
+            raise ConfigError(f"split={self.args.split}: a training is measured on the val split of eval_data= alone")
         if self.args.distill_model is not None:
             raise ConfigError(
                 "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
@@ -139,7 +146,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             )
         self._described = self._describe_data()
         self.args.model = model_argument(self.args.model, self.options.download)
-        if isinstance(self.args.pretrained, (str, Path)):
+        if isinstance(self.args.pretrained, (str, Path)) and not resumed:
             self.args.pretrained = checkpoint_argument(str(self.args.pretrained), self.options.download)
         self._load_teacher(bool(resumed))
         self._open_targets(bool(resumed))
@@ -194,7 +201,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         described = [str(names[i]) for i in range(len(names))]
         store.check_set(folder, self.source.manifest_sha256, self.source.count, described)
         asked = {key: getattr(args, key, None) for key in VIEWS}
-        asked["augmentations"] = list(asked["augmentations"] or [])
+        asked["augmentations"] = as_stored(asked["augmentations"])
         self.pool = store.check_views(asked, int(args.epochs), int(args.close_mosaic), self.options.targets_pool)
         store.check_student(*student_head(str(args.model)), str(args.model))
 
@@ -244,6 +251,9 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     def _find_annotations(self, data: dict[str, Any]) -> Path | None:
         assert self.eval_source is not None
         given = self.options.eval_annotations
+        if given == NO_ANNOTATIONS or self.args.single_cls:
+            LOGGER.info(f"{PREFIX}no COCO mAP ({'single_cls' if self.args.single_cls else 'eval_annotations=none'})")
+            return None
         found = Path(given) if given else coco_eval.usual_annotations(self.eval_source)
         if found is None:
             return None
@@ -259,6 +269,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
         train = mode == "train"
         data = self.data if train or self.eval_source is None else self.eval_source
+        renamed = not train and self.eval_source is not None and not self.args.single_cls
         common = {
             "img_path": img_path,
             "imgsz": self.args.imgsz,
@@ -266,20 +277,21 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             "augment": train,
             "hyp": self.args,
             "rect": self.args.rect or not train,
-            "cache": self.args.cache or None,
+            "cache": (self.args.cache or None) if train or self.eval_source is not None else None,
             "single_cls": self.args.single_cls or False,
             "stride": stride,
             "pad": 0.0 if train else 0.5,
             "prefix": colorstr(f"{mode}: "),
             "task": "detect",
-            "classes": self.args.classes,
+            "classes": self.args.classes if train or not renamed else None,  # numbers of the training's classes
             "data": data,
             "fraction": self.args.fraction if train else 1.0,
         }
         if not train:
             dataset = CleanDataset(**common)
-            if self.eval_source is not None and not self.args.single_cls:
-                rename_classes(dataset, self.eval_source["names"], self.data["names"])
+            if renamed:
+                rename_classes(dataset, data["names"], self.data["names"])
+                dataset.update_labels(self.args.classes)
             return dataset
         dataset = ReplayDataset(**common, seed=self.args.seed, pool=self.pool)
         if self.source.folder is not None and self.args.fraction == 1.0:
@@ -298,7 +310,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             batch_size,
             min(self.args.workers, processors()),
             seed=self.args.seed,
-            shuffle=not self.args.rect,
+            shuffle=not (dataset.rect and bool((dataset.batch_shapes != dataset.batch_shapes[0]).any())),
             rank=rank,
             world=max(self.world_size, 1),
             drop_last=bool(self.args.compile),
@@ -595,13 +607,29 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                     self.annotations,
                     self.data["val"],
                     imgsz=self.args.imgsz,
-                    batch=self.batch_size * 2,
+                    batch=max(1, 2 * self.batch_size // max(self.world_size, 1)),
                     device=str(self.device),
                     covered=covered or None,
                 )
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
         coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
+
+
+def _refuse_changes(before: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """A run that goes on may find its files elsewhere, and nothing else of our options may be another.
+
+    Raises:
+        ConfigError: naming what is.
+    """
+    if not before:
+        return
+    other = [key for key, value in given.items() if key not in MOVABLE and value != before.get(key, value)]
+    other += [key for key in ("eval_data",) if given.get(key) and not before.get(key)]
+    if other:
+        raise ConfigError(
+            f"a resumed run keeps {', '.join(other)} as it began; leave that out, or start a new run (model=<last.pt>)"
+        )
 
 
 def add_stored_heads(targets: TargetStore, batch: dict[str, Any]) -> dict[str, Any]:

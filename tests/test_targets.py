@@ -501,3 +501,18 @@ def test_pixels_that_the_teacher_did_not_see_are_refused(store: Path) -> None:
     found.heads(views, [looks[0], looks[1] + 1])  # another machine's rounding
     with pytest.raises(VerifyError, match=r"picture 1 in epoch 0 of the pool is not the view that the teacher saw"):
         found.heads(views, [looks[0], looks[0]])
+
+
+def test_transforms_of_albumentations_are_the_same_when_they_come_back(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path
+) -> None:
+    """JSON makes lists of their tuples, and a training may be given the transforms themselves."""
+    import albumentations
+
+    blur = albumentations.Blur(p=0.5)
+    out = tmp_path / "soft"
+    asked = config(drawn_set, teacher_file, out, pool=1, close_mosaic=0, augmentations=[albumentations.to_dict(blur)])
+    assert store_targets(asked).folder == store_targets(asked).folder == out
+    for given in ([albumentations.to_dict(blur)], [blur]):
+        values = student(tmp_path, drawn_set, targets=str(out), augmentations=given, close_mosaic=0)
+        assert FocusDDTrainer(overrides=values).pool == Pool(1, 0)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -378,6 +379,8 @@ def test_refusals_leave_no_run_folder(tmp_path: Path, drawn_set: Path, teacher_f
             FocusDDTrainer(overrides={**base, **more})
         assert not (tmp_path / "runs").exists()
 
+    refused(ConfigError, "cache=disk writes beside the pictures", cache="disk")
+    refused(ConfigError, "split=test", split="test")
     refused(ConfigError, "another method", distill_model="yolo11s.pt")
     refused(WeightsError, "download=True", teacher="yolo11x.pt")
     refused(WeightsError, "download=True", model="yolo11n.pt")
@@ -471,3 +474,83 @@ def test_a_precision_that_the_device_has_another_key_for(
         with pytest.raises(ConfigError, match=message):
             FocusDDTrainer(overrides=given)
     assert not (tmp_path / "runs").exists()
+
+
+def copy_of(data: Path, place: Path) -> Path:
+    """Of a YOLO data set, with a data.yaml that leads to it."""
+    shutil.copytree(data.parent, place)
+    content = yaml.safe_load(data.read_text())
+    (place / "data.yaml").write_text(yaml.safe_dump({**content, "path": str(place)}))
+    return place
+
+
+def test_arrays_beside_pictures_are_the_user_s(tmp_path: Path, drawn_set: Path, drawn_coco: Path) -> None:
+    """Ultralytics would take scene0.npy for a cache of scene0.jpg: read it, write over it or delete it."""
+    coco = copy_of(drawn_coco, tmp_path / "coco")
+    np.save(coco / "images" / "val" / "scene0.npy", np.arange(512, dtype=np.float32))
+    np.save(coco / "images" / "val" / "scene1.npy", np.zeros((96, 96, 3), np.uint8))
+    (coco / "images" / "val" / "scene2.npy").write_bytes(b"not an array")
+    before = files_of(coco)
+    results = []
+    for name, data in (("with", coco / "data.yaml"), ("without", drawn_coco)):
+        values = options(tmp_path, drawn_set, supervision="labels", eval_data=str(data), epochs=1, name=name)
+        FocusDDTrainer(overrides=values).train()
+        results.append(json.loads((tmp_path / "runs" / name / "coco_eval.json").read_text())["last"]["detections"])
+    assert files_of(coco) == before
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_classes_are_those_of_the_training_in_the_evaluation_too(
+    order: tuple[int, ...], tmp_path: Path, drawn_set: Path, drawn_coco: Path
+) -> None:
+    coco = copy_of(drawn_coco, tmp_path / "coco")
+    content = yaml.safe_load((coco / "data.yaml").read_text())
+    names = {new: content["names"][old] for old, new in enumerate(order)}
+    (coco / "data.yaml").write_text(yaml.safe_dump({**content, "names": names}))
+    for file in (coco / "labels" / "val").glob("*.txt"):
+        lines = [line.split(" ", 1) for line in file.read_text().splitlines()]
+        file.write_text("".join(f"{order[int(c)]} {rest}\n" for c, rest in lines))
+    trainer = FocusDDTrainer(
+        overrides=options(tmp_path, drawn_set, supervision="labels", eval_data=str(coco / "data.yaml"), classes=[0])
+    )
+    trainer._setup_train()
+    found = [label["cls"].flatten().tolist() for label in trainer.test_loader.dataset.labels]
+    assert {c for row in found for c in row} == {0.0}
+    trainer.train_loader.close()
+
+
+def test_square_pictures_are_shuffled_whatever_rect_says(tmp_path: Path, drawn_set: Path) -> None:
+    trainer = FocusDDTrainer(overrides=options(tmp_path, drawn_set, supervision="labels", rect=True, mosaic=0.0))
+    trainer._setup_train()
+    assert trainer.train_loader.sampler.shuffle
+    assert trainer.train_loader.sampler.order(0) != sorted(trainer.train_loader.sampler.order(0))
+    trainer.train_loader.close()
+
+
+@pytest.mark.parametrize("more", [{"eval_annotations": "none"}, {"single_cls": True}])
+def test_an_evaluation_without_coco_map(
+    more: dict[str, Any], tmp_path: Path, drawn_set: Path, drawn_coco: Path
+) -> None:
+    """Asked for, or where the annotations' classes are not told apart."""
+    values = options(tmp_path, drawn_set, supervision="labels", eval_data=str(drawn_coco), epochs=1, **more)
+    FocusDDTrainer(overrides=values).train()
+    assert not (tmp_path / "runs" / "run" / "coco_eval.json").exists()
+    assert "metrics/mAP50-95(B)" in rows(tmp_path / "runs" / "run")[0]
+
+
+def test_a_resumed_run_keeps_our_options_and_needs_no_start(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, drawn_coco: Path
+) -> None:
+    start = tmp_path / "start.pt"
+    shutil.copy(teacher_file, start)
+    values = options(tmp_path, drawn_set, teacher=str(teacher_file), pretrained=str(start))
+    with pytest.raises(Killed):
+        FocusDDTrainer(overrides=values, _callbacks={**_callbacks(), **kill_in(1)}).train()
+    start.unlink()
+    last = tmp_path / "runs" / "run" / "weights" / "last.pt"
+    for changed in ({"kl_beta": 0.0}, {"eval_data": str(drawn_coco)}):
+        with pytest.raises(ConfigError, match=f"a resumed run keeps {next(iter(changed))} as it began"):
+            FocusDDTrainer(overrides={"resume": str(last), **changed})
+    FocusDDTrainer(overrides={"resume": str(last), "kl_beta": 1.0}).train()
+    assert len(rows(tmp_path / "runs" / "run")) == 3

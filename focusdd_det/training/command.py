@@ -288,6 +288,8 @@ def _join(argv: Sequence[str]) -> list[str]:
 
 
 def _value(key: str, text: str) -> Any:
+    if key == "eval_annotations" and text.lower() == "none":
+        return "none"  # means something: no COCO mAP
     if key in VERBATIM:
         return None if text.lower() in ("none", "null") else text
     if key == "augmentations":

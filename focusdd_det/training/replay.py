@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,7 +25,7 @@ from ultralytics.data import dataset as ultralytics_dataset
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.dataset import YOLODataset
 
-from focusdd_det.errors import DataError
+from focusdd_det.errors import ConfigError, DataError
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -91,6 +92,7 @@ def refuse_cut_jpegs(files: Iterable[str], rewritten: bool = True) -> None:
             )
 
 
+_NOWHERE = Path(os.devnull) / "no.npy"  # where nothing can be
 _END, _PADDING = b"\xff\xd9", 1 << 16
 
 
@@ -112,6 +114,15 @@ class CleanDataset(YOLODataset):  # type: ignore[misc]
         self.dropped = [str(message) for message in cache["msgs"]]
         self.missing_labels = int(cache["results"][1])
         return cache, False
+
+    def load_image(self, i: int, *args: Any, **kwargs: Any) -> Any:
+        """As in Ultralytics, but from the picture itself: an .npy beside it is the user's, no cache to read or mend."""
+        self.npy_files[i] = _NOWHERE
+        return super().load_image(i, *args, **kwargs)
+
+    def cache_images_to_disk(self, i: int) -> None:
+        """Refused: it would write beside the pictures."""
+        raise ConfigError("cache=disk writes beside the pictures; give cache=ram, or leave it out")
 
     def get_image_and_label(self, index: int) -> dict[str, Any]:
         """As in Ultralytics, on a copy of the pixels: colour jitter writes into them and they may be

@@ -39,6 +39,7 @@ from focusdd_det.training.sparse_heads import SparseHeads, thin
 from focusdd_det.training.targets import (
     KIND,
     VIEWS,
+    as_stored,
     bytes_of_anchor,
     bytes_of_view,
     closed_epochs,
@@ -123,7 +124,7 @@ class TargetsConfig:
     @property
     def views(self) -> dict[str, Any]:
         """Everything that decides the pixels, by Ultralytics' names."""
-        return {**{key: getattr(self, key) for key in VIEWS}, "augmentations": list(self.augmentations)}
+        return {**{key: getattr(self, key) for key in VIEWS}, "augmentations": as_stored(self.augmentations)}
 
     @property
     def pools(self) -> Pool:

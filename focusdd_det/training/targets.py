@@ -14,6 +14,7 @@ Files are memory-mapped and checked against their hashes when they are first use
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +65,13 @@ def bytes_of_anchor(topk: int, reg_max: int) -> int:
 def bytes_of_view(classes: int) -> int:
     """Size of a view, without its anchors."""
     return 8 + 4 + 2 * classes + 3 * LOOK**2
+
+
+def as_stored(augmentations: Any) -> list[Any]:
+    """Albumentations transforms, as dicts or as such, as JSON holds them: equal ones are equal."""
+    dicts = [t if isinstance(t, Mapping) else t.to_dict() for t in augmentations or ()]
+    found: list[Any] = json.loads(json.dumps(dicts))
+    return found
 
 
 class TargetStore:
