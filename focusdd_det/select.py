@@ -186,15 +186,19 @@ class _Chosen:
     def __init__(self, phash: NDArray[np.uint64], near: int) -> None:
         self.phash = phash
         self.near = near
-        self.hashes: list[int] = []
+        self.hashes = np.empty(64, np.uint64)  # room, doubled when it is full
+        self.count = 0
 
     def add(self, position: int) -> None:
-        self.hashes.append(int(self.phash[position]))
+        if self.count == len(self.hashes):
+            self.hashes = np.resize(self.hashes, 2 * self.count)
+        self.hashes[self.count] = self.phash[position]
+        self.count += 1
 
     def has_like(self, position: int) -> bool:
-        if not self.near or not self.hashes:
+        if not self.near:
             return False
-        differing = np.bitwise_xor(np.array(self.hashes, np.uint64), self.phash[position])
+        differing = np.bitwise_xor(self.hashes[: self.count], self.phash[position])
         return bool((np.bitwise_count(differing) <= self.near).any())
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from focusdd_det.errors import DataError
+from focusdd_det.tree import entries_below, is_folder
 from focusdd_det.types import Source
 
 MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
@@ -95,7 +96,7 @@ def folder_names(root: Root) -> set[str]:
         raise DataError(
             f"cannot read source folder {root.path}: {error.strerror}; expected class folders such as n01440764/*.JPEG"
         ) from error
-    return {entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")}
+    return {entry.name.removesuffix(".tar") for entry in entries if is_folder(entry) or entry.name.endswith(".tar")}
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -136,46 +137,30 @@ def locate(root: Root, path: str, folder: str, group: str, offset: int | None, s
 
 
 def _stream_folder(root: Root, start: Path, folder: str) -> Iterator[Located]:
-    pending = [(start, frozenset({_place(start.stat())}))]
-    while pending:
-        current, above = pending.pop()
+    for entry in entries_below(start, enter=lambda name: not _looks_like_picture(name)):
+        if not _looks_like_picture(entry.name):
+            continue
+        problem = None
+        size = mtime = 0
         try:
-            entries = os.scandir(current)
+            if entry.is_dir(follow_symlinks=False):
+                problem = "a folder, not a picture"
+            else:
+                status = entry.stat()
+                size, mtime = status.st_size, status.st_mtime_ns
+                if not entry.is_file():
+                    problem = "not a regular file"
         except OSError as error:
-            raise DataError(f"cannot list {current}: {error.strerror}; make it readable or remove it") from error
-        with entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue  # companions of pictures, such as ._x.jpg, and what tools keep
-                looks = entry.name.lower().endswith(EXTENSIONS)
-                problem = None
-                size = mtime = 0
-                try:
-                    if entry.is_dir(follow_symlinks=not looks):
-                        if not looks:
-                            place = _place(entry.stat())
-                            if place not in above:  # a link that leads back up
-                                pending.append((Path(entry.path), above | {place}))
-                            continue
-                        problem = "a folder, not a picture"
-                    elif not looks:
-                        continue
-                    else:
-                        status = entry.stat()
-                        size, mtime = status.st_size, status.st_mtime_ns
-                        if not entry.is_file():
-                            problem = "not a regular file"
-                except OSError as error:
-                    problem = f"unreadable: {error.strerror}"
-                path = Path(entry.path)
-                relative = path.relative_to(root.path).as_posix()
-                try:
-                    relative.encode("utf-8")
-                except UnicodeEncodeError:  # a name that is not UTF-8 cannot be written into a manifest
-                    problem = problem or "its name is not valid UTF-8"
-                    relative = os.fsencode(relative).decode("utf-8", "backslashreplace")
-                source = Source(root.name, relative, folder, root.folders[folder])
-                yield Located(source, path, size, mtime, problem=problem)
+            problem = f"unreadable: {error.strerror}"
+        path = Path(entry.path)
+        relative = path.relative_to(root.path).as_posix()
+        try:
+            relative.encode("utf-8")
+        except UnicodeEncodeError:  # a name that is not UTF-8 cannot be written into a manifest
+            problem = problem or "its name is not valid UTF-8"
+            relative = os.fsencode(relative).decode("utf-8", "backslashreplace")
+        source = Source(root.name, relative, folder, root.folders[folder])
+        yield Located(source, path, size, mtime, problem=problem)
 
 
 def _stream_tar(root: Root, file: Path, prefix: str, wanted: set[str], folder: str | None) -> Iterator[Located]:
@@ -220,7 +205,7 @@ def _member(
     wanted: set[str],
     mtime: int,
 ) -> Located | None:
-    if not member.name.lower().endswith(EXTENSIONS):
+    if not _looks_like_picture(member.name):
         return None
     parts = member.name.split("/")
     if any(part.startswith(".") and part not in (".", "..") for part in parts):
@@ -264,7 +249,7 @@ def _members(archive: tarfile.TarFile, file: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _is_class_member(member: tarfile.TarInfo) -> bool:
-    return member.name.endswith(".tar") or (member.name.lower().endswith(EXTENSIONS) and "/" in member.name)
+    return member.name.endswith(".tar") or (_looks_like_picture(member.name) and "/" in member.name)
 
 
 def _classes_of(names: Iterable[str], archive: Path) -> set[str]:
@@ -286,17 +271,10 @@ def _classes_of(names: Iterable[str], archive: Path) -> set[str]:
     return set(above)
 
 
-def _place(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+def _looks_like_picture(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
 
 
 def _tar_folder(name: str) -> str:
     parts = name.split("/")
     return parts[-1].removesuffix(".tar") if name.endswith(".tar") else parts[-2]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from focusdd_det import detset
 from focusdd_det.errors import DataError, VerifyError
 from focusdd_det.sources import EXTENSIONS
+from focusdd_det.tree import entries_below
 
 log = logging.getLogger("focusdd")
 
@@ -173,24 +174,12 @@ def _read_folders(folder: Path, split: str, wanted: Sequence[str] | None) -> Cla
     return ClassSet(folder, names, paths, np.concatenate(classes), keys, digest.hexdigest(), False)
 
 
-_NOWHERE: frozenset[tuple[int, int]] = frozenset()
-
-
-def _pictures(folder: Path, below: str = "", above: frozenset[tuple[int, int]] = _NOWHERE) -> Iterator[tuple[str, int]]:
-    """(path relative to the class folder, size) of every picture, also in folders inside and in those that links lead
-    to; `above` are the folders that this one lies in, which are not entered again."""
-    status = folder.stat()
-    place = status.st_dev, status.st_ino
-    if place in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _pictures(folder / entry.name, f"{below}{entry.name}/", above | {place})
-            elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                yield f"{below}{entry.name}", entry.stat().st_size
+def _pictures(folder: Path) -> Iterator[tuple[str, int]]:
+    """(path relative to the class folder, size) of every picture, also in folders inside."""
+    start = len(str(folder)) + 1
+    for entry in entries_below(folder):
+        if entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            yield entry.path[start:], entry.stat().st_size
 
 
 def _path_key(path: str) -> str:

@@ -52,6 +52,7 @@ from focusdd_det.plan import source_entry
 from focusdd_det.sources import tar_members
 from focusdd_det.teacher import resolve_weights
 from focusdd_det.training.traindata import load_yolo_data, resolve_data
+from focusdd_det.tree import entries_below
 
 KINDS = ("build", "targets", "relabel", "train", "distill", "eval")
 PLACES = ("sets", "stores", "runs", "evals", "scores", "stages")
@@ -134,24 +135,22 @@ class Fingerprints:
         return file_sha256(beside) if weights and beside.is_file() else ""
 
     def folder(self, path: Path) -> str:
-        """Of the names and sizes of all files in a folder, in any order, and in tars there; or of those in a tar."""
+        """Of the names and sizes of the files in a folder (hidden ones left out) in any order, and in tars there; or of
+        those in a tar."""
         path = path.resolve()
         if path not in self._folders:
             if path.is_file():
                 self._folders[path] = _archive(path)
             else:
                 total = count = 0
-                for top, inner, names in os.walk(path, followlinks=True):
-                    relative = os.path.relpath(top, path)
-                    inner[:] = [name for name in inner if not _leads_back(Path(top, name))]
-                    for name in names:
-                        if name.endswith(".cache"):
-                            continue  # of Ultralytics, not of the data
-                        size = _size(os.path.join(top, name))  # noqa: PTH118
-                        inside = _archive(Path(top, name)) if name.endswith(".tar") else ""
-                        line = f"{relative}/{name}/{size}{inside}".encode("utf-8", "surrogateescape")
-                        total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
-                        count += 1
+                for entry in entries_below(path):
+                    if entry.name.endswith(".cache"):
+                        continue  # of Ultralytics, not of the data
+                    relative = entry.path[len(str(path)) + 1 :]
+                    inside = _archive(Path(entry.path)) if entry.name.endswith(".tar") else ""
+                    line = f"{relative}/{_size(entry.path)}{inside}".encode("utf-8", "surrogateescape")
+                    total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
+                    count += 1
                 self._folders[path] = f"{count} files {total % (1 << 128):032x}"
         return self._folders[path]
 
@@ -163,11 +162,6 @@ class Fingerprints:
             listed = self.folder(location) if location.exists() else path
             found.append([name or location.name, listed, self.file(find_map(str(own))) if own else None])
         return found
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a link leads to a folder that it lies in."""
-    return folder.is_symlink() and folder.resolve() in folder.parent.resolve().joinpath("x").parents
 
 
 def _size(file: str) -> int:
