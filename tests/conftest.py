@@ -19,6 +19,7 @@ os.environ.update(
     YOLO_OFFLINE="true",
     YOLO_AUTOINSTALL="false",
     YOLO_CONFIG_DIR=_CONFIG,
+    MPLCONFIGDIR=os.path.join(_CONFIG, "matplotlib"),  # noqa: PTH118
     HF_HUB_OFFLINE="1",
     NO_ALBUMENTATIONS_UPDATE="1",
     MPLBACKEND="Agg",

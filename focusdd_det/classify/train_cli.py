@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det.classify.options import Options
 from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
-from focusdd_det.errors import Interrupted
-from focusdd_det.training.command import TRAIN_EXTRA, check_stock, listed, parse, refuse_unknown
+from focusdd_det.training.command import TRAIN_EXTRA, check_stock, listed, parse, run_to_end, with_recipe
 
 SHIPPED = "train_cls.yaml"
 
@@ -49,15 +47,7 @@ def train(argv: Sequence[str]) -> int:
         return 0
     from focusdd_det.classify.trainer import FocusDDClassificationTrainer
 
-    trainer = FocusDDClassificationTrainer(overrides=overrides)
-    try:
-        trainer.train()
-    except KeyboardInterrupt as error:
-        last = Path(trainer.last)
-        again = f"python tools/train_cls.py resume={last}" if last.is_file() else "the same command"
-        raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
-    LOGGER.info(f"run folder: {trainer.save_dir}")
-    return 0
+    return run_to_end(FocusDDClassificationTrainer(overrides=overrides), "train_cls.py")
 
 
 def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,10 +70,7 @@ def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str
 
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
-    file = given.get("cfg")
-    own = read_yaml(_recipe(str(file))) if file else {}
-    refuse_unknown(own, _keys(), f"{file}: ")
-    asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
+    asked = with_recipe(given, _keys())
     return asked if asked.get("resume") else {**read_yaml(cfg_dir() / SHIPPED), **asked}
 
 
@@ -114,12 +101,6 @@ def plan(overrides: Mapping[str, Any]) -> str:
     ours = {key: value for key, value in dataclasses.asdict(options).items() if key not in told}
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
     return "\n".join([*lines, f"training      {listed(ours)}", f"ultralytics   {listed(stock)}"])
-
-
-def _recipe(name: str) -> Path:
-    """A file of the user's, else one of those that are shipped."""
-    shipped = cfg_dir() / name
-    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
 
 
 def _keys() -> dict[str, Any]:

@@ -94,28 +94,54 @@ def train(argv: Sequence[str]) -> int:
         return 0
     from focusdd_det.trainer import FocusDDTrainer
 
-    trainer = FocusDDTrainer(overrides=overrides)
+    return run_to_end(FocusDDTrainer(overrides=overrides), "train_det.py")
+
+
+def run_to_end(trainer: Any, tool: str) -> int:
+    """Train, and name the run folder.
+
+    Args:
+        trainer: of Ultralytics' kind.
+        tool: the script that goes on with a stopped training.
+
+    Raises:
+        Interrupted: stopped by the user, with the command that goes on.
+    """
     try:
         trainer.train()
     except KeyboardInterrupt as error:
         last = Path(trainer.last)
-        again = f"python tools/train_det.py resume={last}" if last.is_file() else "the same command"
-        raise Interrupted(f"stopped; the finished epochs are kept. To go on: {again}") from error
+        again = f"python tools/{tool} resume={last}" if last.is_file() else "the same command"
+        raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0
 
 
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
-    file = given.get("cfg")
-    own = read_yaml(Path(str(file))) if file else {}
-    refuse_unknown(own, _train_keys(), f"{file}: ")
-    asked = {**own, **{key: value for key, value in given.items() if key != "cfg"}}
+    asked = with_recipe(given, _train_keys())
     if asked.get("resume"):
         if asked["resume"] is True and str(asked.get("model") or "").endswith(".pt"):
             asked["resume"] = asked.pop("model")  # yolo train resume model=path/to/last.pt
         return asked
     return {**read_yaml(cfg_dir() / SHIPPED), **asked}
+
+
+def with_recipe(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, over the keys of the YAML file that `cfg=` names, if any: the user's own, or
+    one of those that are shipped.
+
+    Raises:
+        ConfigError: the file cannot be read, or has unknown keys (with suggestions).
+    """
+    asked = {key: value for key, value in given.items() if key != "cfg"}
+    if not given.get("cfg"):
+        return asked
+    name = str(given["cfg"])
+    shipped = cfg_dir() / name
+    recipe = read_yaml(shipped if shipped.is_file() and not Path(name).exists() else Path(name))
+    refuse_unknown(recipe, known, f"{name}: ")
+    return {**recipe, **asked}
 
 
 def plan(overrides: Mapping[str, Any]) -> str:
