@@ -319,11 +319,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         )
 
     def get_validator(self) -> DetectionValidator:
-        """Stock, with arguments that stock Ultralytics knows."""
+        """With arguments that stock Ultralytics knows."""
         args = copy(self.args)
         for key in OWN_KEYS:
             delattr(args, key)
-        return DetectionValidator(self.test_loader, save_dir=self.save_dir, args=args, _callbacks=self.callbacks)
+        return _Validator(self.test_loader, save_dir=self.save_dir, args=args, _callbacks=self.callbacks)
 
     # ---- model, teacher, criterion ----
 
@@ -614,6 +614,16 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                 results[name] = {"meaning": meaning, **result.as_dict()}
                 LOGGER.info(f"{PREFIX}{name}.pt ({meaning})\n{result.table(per_class=False)}")
         coco_eval.write_json(results, Path(self.save_dir) / "coco_eval.json")
+
+
+class _Validator(DetectionValidator):  # type: ignore[misc]
+    """Ultralytics', without the COCO evaluation that it starts by itself where the val split is COCO's val2017.txt: it
+    numbers the classes by their position among COCO's 80. `_coco_eval` is the one that is quoted."""
+
+    def init_metrics(self, model: torch.nn.Module) -> None:
+        asked = self.args.save_json
+        super().init_metrics(model)
+        self.args.save_json = asked
 
 
 def _refuse_changes(before: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -539,6 +539,21 @@ def test_an_evaluation_without_coco_map(
     assert "metrics/mAP50-95(B)" in rows(tmp_path / "runs" / "run")[0]
 
 
+def test_ultralytics_own_coco_evaluation_does_not_run(tmp_path: Path, drawn_set: Path, drawn_coco: Path) -> None:
+    """It starts by itself where val is COCO's val2017.txt, and takes the first class of any set for COCO's person."""
+    coco = copy_of(drawn_coco, tmp_path / "coco")
+    content = yaml.safe_load((coco / "data.yaml").read_text())
+    (coco / "data.yaml").write_text(yaml.safe_dump({**content, "val": "val2017.txt"}))
+    (coco / "val2017.txt").write_text("".join(f"./images/val/{p.name}\n" for p in (coco / "images/val").iterdir()))
+    (coco / "annotations/instances_val.json").rename(coco / "annotations/instances_val2017.json")
+    values = options(tmp_path, drawn_set, supervision="labels", eval_data=str(coco / "data.yaml"), epochs=1)
+    FocusDDTrainer(overrides=values).train()
+    run = tmp_path / "runs" / "run"
+    assert not (run / "predictions.json").exists()
+    assert "metrics/mAP50-95(B)" in rows(run)[0]
+    assert json.loads((run / "coco_eval.json").read_text())
+
+
 def test_a_resumed_run_keeps_our_options_and_needs_no_start(
     tmp_path: Path, drawn_set: Path, teacher_file: Path, drawn_coco: Path
 ) -> None:
