@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 from conftest import save_detector, tiny_yaml
 
 from focusdd_det.bench.command import USAGE, bench_command, part_module
 from focusdd_det.bench.options import PARTS, BenchOptions, Request
 from focusdd_det.bench.timing import Ratio, compare, quantile, ratio, together
+from focusdd_det.bench.train import ratios
 from focusdd_det.cli import run_main
 from focusdd_det.config import load, parse_tokens
-from focusdd_det.errors import ConfigError
+from focusdd_det.errors import ConfigError, DataError
 
 
 class Clock:
@@ -162,6 +164,51 @@ def test_help_and_unknown_keys(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_part_that_is_not_there() -> None:
     assert part_module("train") is not None
     assert part_module("nothing_of_this_name") is None
+
+
+def test_ratios_of_training_steps() -> None:
+    seconds = {
+        "plain": [2.0, 4.0],
+        "teacher": [1.0, 2.0],
+        "live": [6.0, 12.0],
+        "stored": [3.0, 6.0],
+        "distill": [4.0, 8.0],
+    }
+    both = {f"fp32 {case}": times for case, times in seconds.items()}
+    both |= {"bf16 plain": [1.0, 2.0], "bf16 teacher": [0.5, 1.0], "bf16 live": [3.0, 6.0]}
+    found = {name: value.median for name, value in ratios(both).items()}
+    assert found == {
+        "fp32: live / (plain + teacher)": 2.0, "fp32: stored / plain": 1.5, "fp32: distill / plain": 2.0,
+        "fp32: live / plain": 3.0, "fp32: live / distill": 1.5,
+        "bf16: live / (plain + teacher)": 2.0, "bf16: live / plain": 3.0,
+        "plain: bf16 / fp32": 0.5, "live: bf16 / fp32": 0.5,
+    }  # fmt: skip
+
+
+def test_what_was_measured_is_kept_when_a_later_part_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Part:
+        @staticmethod
+        def measure(options: object, work: Path) -> dict[str, int]:
+            if work.name == "train":
+                raise DataError("it broke")
+            torch.set_num_threads(2)
+            return {"answer": 42}
+
+        @staticmethod
+        def table(result: dict[str, int]) -> str:
+            return f"answer {result['answer']}"
+
+    monkeypatch.setattr("focusdd_det.bench.command.part_module", lambda name: Part)
+    before = torch.get_num_threads()
+    assert run_main(bench_command, ["--quick", f"out={tmp_path / 'out'}"]) == 3
+    assert "answer 42" in capsys.readouterr().out
+    parts = json.loads((tmp_path / "out" / "bench.json").read_text())["parts"]
+    assert parts["build"]["answer"] == 42 and parts["build"]["torch_threads"] == 2 and "train" not in parts
+    assert torch.get_num_threads() == before
+    (tmp_path / "file").touch()
+    assert run_main(bench_command, ["--quick", f"out={tmp_path / 'file'}"]) == 5
 
 
 def test_training_steps_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

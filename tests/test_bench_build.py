@@ -17,6 +17,7 @@ from focusdd_det.bench import scaling
 from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
+from focusdd_det.errors import ConfigError, FocusDDError, WeightsError
 from focusdd_det.scoring.decode import decode, upright_jpeg
 
 
@@ -66,6 +67,38 @@ def test_a_screening_is_measured_and_chooses_what_full_precision_chooses(
     assert seen["wanted"] > 0 and seen["looked_twice"] >= seen["looked_again"]
     assert "scoring, bf16 then fp32" in result["seconds"]
     assert "bf16 then fp32" in result["agreement"]
+
+
+def test_damaged_pictures_are_left_out_and_batches_are_full(options: BenchOptions, tmp_path: Path) -> None:
+    """Scoring pads its last batch and the straightforward loop does not."""
+    top = draw_sources(tmp_path / "mine", 2, 19)
+    broken = sorted(top.rglob("*.jpg"))[0]
+    broken.write_bytes(broken.read_bytes()[:500])
+    (tmp_path / "work").mkdir()
+    result = bench_build.measure(replace(options, sources=str(top)), tmp_path / "work")
+    assert result["batch"] == 16 and result["sources"] == 32
+    assert result["stages_ms"]["decode for the view"] > 0
+
+
+def test_many_workers_do_not_start_processes_in_what_is_timed(options: BenchOptions, tmp_path: Path) -> None:
+    assert prepare(replace(options, workers=16), tmp_path, 1, 3).config.loader == "threads"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"teacher": "yolo99.yaml"}, WeightsError),
+        ({"teacher": "yolo99.yml"}, WeightsError),
+        ({"selector": "nosuch", "selector_weights": None}, ConfigError),
+        ({"selector": "lvvit_s", "selector_weights": None}, ConfigError),
+        ({"selector": "missing.json", "selector_weights": None}, FocusDDError),
+    ],
+)
+def test_models_that_are_none(
+    wrong: dict[str, str | None], error: type[Exception], options: BenchOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=str(next(iter(wrong.values())))):
+        bench_build.measure(replace(options, **wrong), tmp_path)  # type: ignore[arg-type]
 
 
 def test_without_weights_the_models_are_random_and_it_says_so(options: BenchOptions, tmp_path: Path) -> None:

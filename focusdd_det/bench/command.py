@@ -15,6 +15,7 @@ from focusdd_det.bench.options import PARTS, Request
 from focusdd_det.config import describe, load, parse_tokens, wants_help
 from focusdd_det.demo.quiet import keep_quiet
 from focusdd_det.detset import write_atomic
+from focusdd_det.errors import DiskError
 
 SHIPPED = "bench.yaml"
 USAGE = """Measure a build and a training step beside their floor, in one run, and print ratios with their spread.
@@ -52,9 +53,18 @@ def bench_command(argv: Sequence[str]) -> int:
 
         bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         options = request.options(torch.cuda.device_count(), bf16)
+        if options.on_gpu:
+            torch.cuda.set_device(int(options.device))  # what peak memory is asked of
         facts = machine(options.device)
         print(described(facts))
         results: dict[str, Any] = {}
+        content = {"command": list(argv), "machine": facts, "options": _plain(options), "parts": results}
+        kept = options.out / "bench.json"
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"out={options.out} cannot be made: {error.strerror}; choose another folder") from error
+        threads = torch.get_num_threads()
         for part in (name for name in PARTS if name in request.parts):
             module = part_module(part)
             if module is None:
@@ -62,14 +72,14 @@ def bench_command(argv: Sequence[str]) -> int:
                 continue
             place = work / part
             place.mkdir()
+            torch.set_num_threads(threads)  # Ultralytics' trainers change it
             began = time.monotonic()
             results[part] = module.measure(options, place)
             results[part]["took_seconds"] = round(time.monotonic() - began, 1)
-            print(f"\n{module.table(results[part])}", flush=True)
-    content = {"command": list(argv), "machine": facts, "options": _plain(options), "parts": results}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out / "bench.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(f"\n{options.out / 'bench.json'}")
+            results[part]["torch_threads"] = torch.get_num_threads()  # at its end
+            print(f"\n{module.table(results[part])}\n\ntorch threads: {results[part]['torch_threads']}", flush=True)
+            write_atomic(kept, (json.dumps(content, indent=1) + "\n").encode())
+    print(f"\n{kept}")
     return 0
 
 

@@ -107,6 +107,8 @@ class Request:
                 raise ConfigError(f"device={self.device}: expected cpu or the number of one GPU")
         if gpu and not gpus:
             raise ConfigError(f"device={device}: torch sees no GPU here; give device=cpu")
+        if gpu and int(device) >= gpus:
+            raise ConfigError(f"device={device}: torch sees {gpus} here, numbered from 0")
         small = self.quick and not gpu
         usual = ("fp16",) if gpu else ("fp32", "bf16+channels_last") if bf16 else ("fp32",)
         selector, weights = self.selector, self.selector_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.build import load_config
 from focusdd_det.config import BuildConfig
+from focusdd_det.errors import ConfigError
 from focusdd_det.sources import Root, folder_names
 
 SIZE = (500, 375)  # width and height of the usual ImageNet picture, px
@@ -95,22 +95,35 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
         "max_bad": 1.0,
         "device": options.device,
         "workers": options.workers,
+        **(
+            {} if options.on_gpu else {"loader": "threads"}
+        ),  # processes take a second to start, and no clock counts them
         **more,
     }
     return Bench(load_config(**keys), tuple(notes))
 
 
 def _selector(options: BenchOptions, work: Path) -> tuple[str, str | None, list[str]]:
-    """The ViT that was given; without its weights one of the same shape with random ones: as slow, not as wise."""
+    """The ViT that was given; without its weights one of the same shape with random ones: as slow, not as wise.
+
+    Raises:
+        ConfigError: without weights, and no model of timm's.
+    """
     name, weights = options.selector, options.selector_weights
-    if weights or (name.endswith(".json") and json.loads(Path(name).read_text()).get("weights")):
+    if weights or name.endswith(".json"):
         return name, weights, []
     import timm
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = timm.create_model(name.split(".")[0], pretrained=False)
+    try:
+        model = timm.create_model(name.split(".")[0], pretrained=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"selector={name}: without selector_weights= it must be a ViT of timm's, which gets random weights "
+            f"({error})"
+        ) from error
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.02)
     file = work / "selector.safetensors"
@@ -119,21 +132,15 @@ def _selector(options: BenchOptions, work: Path) -> tuple[str, str | None, list[
 
 
 def _teacher(options: BenchOptions, work: Path) -> tuple[Path, list[str], list[str]]:
-    """The detector's file and its class names; of an architecture (.yaml) one with random weights."""
-    import torch
+    """The detector's file and its class names; of an architecture (.yaml) one with random weights.
 
-    from focusdd_det.teacher import resolve_weights, safe_checkpoint
+    Raises:
+        WeightsError: it cannot be found, read or made.
+    """
+    from focusdd_det.bench.train import FRESH, teacher_file
+    from focusdd_det.teacher import safe_checkpoint
 
-    given = options.teacher or "yolo11n.yaml"
-    if not given.endswith(".yaml"):
-        file = resolve_weights(given)
-        return file, list(safe_checkpoint(file).names.values()), []
-    from ultralytics.nn.tasks import DetectionModel
-
-    torch.manual_seed(0)
-    model = DetectionModel(given, verbose=False)
-    names = {i: f"class {i}" for i in range(int(model.model[-1].nc))}
-    model.names = names
-    file = work / "teacher.pt"
-    torch.save({"model": model.half(), "train_args": {}, "epoch": -1}, file)
-    return file, list(names.values()), [f"teacher: {Path(given).name} with random weights"]
+    file = teacher_file(options, work)
+    names = list(safe_checkpoint(file).names.values())
+    given = Path(options.teacher or FRESH)
+    return file, names, [f"teacher: {given.name} with random weights"] if given.suffix in (".yaml", ".yml") else []

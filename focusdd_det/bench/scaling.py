@@ -22,6 +22,7 @@ from focusdd_det.bench.pictures import draw_sources, prepare
 from focusdd_det.build import _columns, build
 from focusdd_det.config import BuildConfig
 from focusdd_det.devices import device_of, processors
+from focusdd_det.errors import ConfigError
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
 from focusdd_det.scoring.looking import score_all
@@ -130,7 +131,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
 
 
 def _sources(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, Any]:
-    config = _config(options, work / "sources", 4, counts[-1] // 4)
+    config = _config(options, work / "sources", 1, counts[-1])
     seconds = [_fastest(lambda n=n: score(config, n)) for n in counts]  # type: ignore[misc]
     return {"x": list(counts), "seconds": seconds, "what": "looking at all sources", "expected": "1"}
 
@@ -145,6 +146,8 @@ def _classes(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[s
     config = _config(options, work / "classes", counts[-1], 24)
     names = make_plan(config).class_map.names
     counts = [n for n in counts if n <= len(names)]
+    if len(counts) < 2:
+        raise ConfigError(f"teacher={options.teacher} knows one class; parts=scaling takes one with two or more")
     chosen = [replace(config, classes=tuple(names[:n]), ipc=2) for n in counts]
     return {"x": list(counts), "seconds": _builds(chosen), "what": "a whole build, 24 sources a class", "expected": "1"}
 
