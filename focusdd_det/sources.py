@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from focusdd_det.errors import DataError
-from focusdd_det.tree import entries_below, is_folder
+from focusdd_det.tree import entries_below
 from focusdd_det.types import Source
 
 MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
@@ -96,7 +96,7 @@ def folder_names(root: Root) -> set[str]:
         raise DataError(
             f"cannot read source folder {root.path}: {error.strerror}; expected class folders such as n01440764/*.JPEG"
         ) from error
-    return {entry.name.removesuffix(".tar") for entry in entries if is_folder(entry) or entry.name.endswith(".tar")}
+    return {entry.name.removesuffix(".tar") for entry in entries if _is_folder(entry) or entry.name.endswith(".tar")}
 
 
 def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
@@ -278,3 +278,10 @@ def _looks_like_picture(name: str) -> bool:
 def _tar_folder(name: str) -> str:
     parts = name.split("/")
     return parts[-1].removesuffix(".tar") if name.endswith(".tar") else parts[-2]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

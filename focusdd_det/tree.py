@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from focusdd_det.errors import DataError
 
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
-def entries_below(start: Path, enter: Callable[[str], bool] = lambda name: True) -> Iterator[os.DirEntry[str]]:
+
+def entries_below(
+    start: Path, enter: Callable[[str], bool] = lambda name: True, pass_over: bool = False
+) -> Iterator[os.DirEntry[str]]:
     """Every entry below a folder but for the folders that are entered.
 
     Hidden names (companions of pictures such as ._x.jpg, and what tools keep) are passed over. A link to a folder is
@@ -18,9 +23,10 @@ def entries_below(start: Path, enter: Callable[[str], bool] = lambda name: True)
     Args:
         start: the folder.
         enter: for the name of a folder, whether to go into it; other folders come as entries.
+        pass_over: whether folders that cannot be listed are left out.
 
     Raises:
-        DataError: a folder cannot be listed.
+        DataError: a folder cannot be listed, or a link cannot be followed although it leads somewhere.
     """
     pending = [(str(start), frozenset({_place(start)}))]
     while pending:
@@ -28,23 +34,27 @@ def entries_below(start: Path, enter: Callable[[str], bool] = lambda name: True)
         try:
             entries = os.scandir(folder)
         except OSError as error:
-            raise DataError(f"cannot list {folder}: {error.strerror}; make it readable or remove it") from error
+            if pass_over:
+                continue
+            raise _cannot_list(folder, error) from error
         with entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if not (enter(entry.name) and is_folder(entry)):
+                try:
+                    inside = enter(entry.name) and entry.is_dir()
+                except OSError as error:
+                    inside = False
+                    if error.errno not in _NOWHERE and not pass_over:
+                        raise _cannot_list(entry.path, error) from error
+                if not inside:
                     yield entry
                 elif (place := _place(entry)) not in above:
                     pending.append((entry.path, above | {place}))
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link that leads nowhere, or in a circle, is none."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
+def _cannot_list(folder: str, error: OSError) -> DataError:
+    return DataError(f"cannot list {folder}: {error.strerror}; make it readable or remove it")
 
 
 def _place(folder: Path | os.DirEntry[str]) -> tuple[int, int] | None:

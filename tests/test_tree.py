@@ -61,3 +61,29 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match=r"cannot list .*closed: Permission denied"):
         names(tmp_path)
+    assert names(tmp_path, pass_over=True) == []
+
+
+class Linked:
+    """An entry whose folder cannot be reached."""
+
+    name, path = "linked", "top/linked"
+
+    def is_dir(self) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+
+class Listing(list[Linked]):
+    def __enter__(self) -> Listing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_a_link_that_cannot_be_followed_is_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mount that went away must not make a set smaller without a word."""
+    monkeypatch.setattr(os, "scandir", lambda path: Listing([Linked()]))
+    with pytest.raises(DataError, match="cannot list top/linked: Permission denied"):
+        list(entries_below(tmp_path))
+    assert [entry.name for entry in entries_below(tmp_path, pass_over=True)] == ["linked"]

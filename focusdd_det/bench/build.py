@@ -35,6 +35,7 @@ from focusdd_det.plan import Group, Plan, layouts_of, make_plan
 from focusdd_det.progress import progress_bar
 from focusdd_det.ranking import rank
 from focusdd_det.scoring.decode import BadImage, decode
+from focusdd_det.scoring.decoding import MANY
 from focusdd_det.scoring.glance import difference_hash, glance, view_pixels
 from focusdd_det.scoring.looking import score_all
 from focusdd_det.scoring.scores import ScoreStore
@@ -71,7 +72,8 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     on_gpu = device != "cpu"
     # Decoding processes take a second to start, as much as a GPU takes for thousands of sources.
     most = 48 if options.quick else _MANY if on_gpu else _SAMPLE
-    sources = whole_batches(list(islice(plan.stream(), most)), bench.config.batch)
+    usable = (located for located in plan.stream() if not located.problem)
+    sources = whole_batches(list(islice(usable, most)), bench.config.batch)
     auto = precision_of("auto", device)
     scenes = {p: _Scene(bench, plan, sources, p, work) for p in dict.fromkeys(("fp32", auto))}
     slow, fast = scenes["fp32"], scenes[auto]
@@ -122,7 +124,7 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         "whole_build_seconds": whole.seconds,
         "whole_build": {"ipc": bench.config.ipc, "classes": len(plan.groups), "sources": plan.sources},
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() - before if on_gpu else 0,
-        "notes": [*bench.notes, *_gpu_notes(len(sources) if on_gpu else None)],
+        "notes": [*bench.notes, *_notes(len(sources), fast.workers, on_gpu)],
     }
 
 
@@ -131,9 +133,10 @@ def whole_batches(sources: Sequence[Located], batch: int) -> Sequence[Located]:
     return sources[: len(sources) // batch * batch] or sources
 
 
-def _gpu_notes(sources: int | None) -> list[str]:
-    if sources is None:
-        return []
+def _notes(sources: int, workers: int, on_gpu: bool) -> list[str]:
+    if not on_gpu:
+        told = f"decoded by {workers} threads; loader=auto takes processes from {MANY} workers on"
+        return [told] if workers >= MANY else []
     notes = ["the floor's decoding is done by threads, that of scoring by processes"]
     if sources < _MANY:
         notes.append(f"{sources} sources are few: processes that decode take a second to start; give sources=")
@@ -442,7 +445,7 @@ class _Timer:
 
 
 def _decoded(located: Located, view: int) -> None:
-    with contextlib.suppress(BadImage):
+    with contextlib.suppress(BadImage, OSError):
         decode(located.read(), view)
 
 

@@ -79,7 +79,8 @@ def bench_command(argv: Sequence[str]) -> int:
             results[part]["torch_threads"] = torch.get_num_threads()  # at its end
             print(f"\n{module.table(results[part])}\n\ntorch threads: {results[part]['torch_threads']}", flush=True)
             write_atomic(kept, (json.dumps(content, indent=1) + "\n").encode())
-    print(f"\n{kept}")
+    if results:
+        print(f"\n{kept}")
     return 0
 
 

@@ -49,9 +49,10 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     logging.getLogger("focusdd").setLevel(logging.WARNING)
     options = replace(options, sources=None)
     quick = options.quick
+    classes = _classes(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32])
     series = {
         "sources": _sources(options, work, [32, 64, 128] if quick else [125, 250, 500, 1000, 2000]),
-        "classes": _classes(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
+        "classes": classes,
         "ipc": _ipc(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
         "workers": _workers(options, work, _doubled(max(2, processors()))),
     }

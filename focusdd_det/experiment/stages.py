@@ -143,10 +143,11 @@ class Fingerprints:
                 self._folders[path] = _archive(path)
             else:
                 total = count = 0
-                for entry in entries_below(path):
+                for entry in entries_below(path, pass_over=True):
                     if entry.name.endswith(".cache"):
                         continue  # of Ultralytics, not of the data
-                    relative = entry.path[len(str(path)) + 1 :]
+                    relative = os.path.relpath(entry.path, path)
+                    relative = relative if "/" in relative else f"./{relative}"  # as ever, so that results are found
                     inside = _archive(Path(entry.path)) if entry.name.endswith(".tar") else ""
                     line = f"{relative}/{_size(entry.path)}{inside}".encode("utf-8", "surrogateescape")
                     total += int.from_bytes(hashlib.blake2b(line, digest_size=16).digest(), "big")
