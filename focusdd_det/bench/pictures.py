@@ -81,6 +81,7 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
     folders = sorted(folder_names(Root("bench", top, {})))[: min(len(names), MOST_CLASSES)]
     content = {"names": names[: len(folders)], "folders": dict(zip(folders, names, strict=False))}
     (work / "map.yaml").write_text(yaml.safe_dump(content))
+    loader = {} if options.on_gpu else {"loader": "threads"}  # processes need a second to start; no clock counts them
     keys: dict[str, Any] = {
         "sources": [f"{top}::{work / 'map.yaml'}"],
         "class_map": str(work / "map.yaml"),
@@ -95,9 +96,7 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
         "max_bad": 1.0,
         "device": options.device,
         "workers": options.workers,
-        **(
-            {} if options.on_gpu else {"loader": "threads"}
-        ),  # processes take a second to start, and no clock counts them
+        **loader,
         **more,
     }
     return Bench(load_config(**keys), tuple(notes))
