@@ -20,6 +20,7 @@ import ultralytics
 import yaml
 from ultralytics.cfg import get_save_dir
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
@@ -30,6 +31,7 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, W
 from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
 from focusdd_det.training import exact_resume
 from focusdd_det.training.aside import Aside, Begun
+from focusdd_det.training.backbone import backbone_argument, start_backbone
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
 from focusdd_det.training.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
 from focusdd_det.training.run_files import (
@@ -148,6 +150,11 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         self.args.model = model_argument(self.args.model, self.options.download)
         if isinstance(self.args.pretrained, (str, Path)) and not resumed:
             self.args.pretrained = checkpoint_argument(str(self.args.pretrained), self.options.download)
+        if self.options.backbone and not resumed:
+            file = backbone_argument(
+                self.options.backbone, self.args.model, self.args.pretrained, self.options.download
+            )
+            self.options = dataclasses.replace(self.options, backbone=file)
         self._load_teacher(bool(resumed))
         self._open_targets(bool(resumed))
         self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
@@ -326,6 +333,13 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         return _Validator(self.test_loader, save_dir=self.save_dir, args=args, _callbacks=self.callbacks)
 
     # ---- model, teacher, criterion ----
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> DetectionModel:
+        """Ultralytics' own, then the start of the backbone, if one is given."""
+        model = super().get_model(cfg, weights, verbose)
+        if self.options.backbone and not self.resume:
+            start_backbone(model, Path(self.options.backbone), self.args.freeze)
+        return model
 
     def set_model_attributes(self) -> None:
         """Ultralytics' own; also where the layout of the student's weights on a CPU is decided."""

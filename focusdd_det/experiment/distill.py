@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from focusdd_det.config import read_yaml, suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.teacher import safe_ultralytics
+from focusdd_det.training.backbone import backbone_argument, start_backbone
 from focusdd_det.training.command import check_stock
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check
 from focusdd_det.training.replay import CleanDataset
@@ -63,18 +65,31 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
         _callbacks: dict[str, Any] | None = None,
         *,
         precision: str = "fp32",
+        backbone: str | None = None,
     ) -> None:
         """As Ultralytics builds its trainers, also in the processes of several GPUs."""
         self.precision = precision
+        self.backbone = backbone
         overrides = dict(overrides or {})
         self.source = resolve_data(overrides["data"])
         overrides = {**overrides, "data": str(self.source.yaml), "task": "detect"}
         overrides["model"] = model_argument(overrides["model"], False)
         overrides["distill_model"] = checkpoint_argument(overrides["distill_model"], False)
+        if backbone:
+            self.backbone = backbone_argument(backbone, overrides["model"], overrides.get("pretrained"), False)
         with safe_ultralytics():
             super().__init__(cfg, overrides, _callbacks)
         self.wdir: Path = WholePath(self.save_dir / "weights")
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+        if backbone and self.world_size > 1:
+            raise ConfigError("supervision=distill_model takes backbone= on one device alone: give device=0")
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> DetectionModel:
+        """Stock, then the start of the backbone, if one is given."""
+        model = super().get_model(cfg, weights, verbose)
+        if self.backbone and not self.resume:
+            start_backbone(model, Path(self.backbone), self.args.freeze)
+        return model
 
     def get_dataset(self) -> dict[str, Any]:
         """The set's description."""
@@ -132,7 +147,9 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
 def distill_command(argv: Sequence[str]) -> int:
     """Train from the YAML file with the training's keys."""
     values = read_yaml(Path(argv[0]))
-    trainer = StockDistillation(overrides=stock_arguments(values), precision=values.get("precision", "fp32"))
+    trainer = StockDistillation(
+        overrides=stock_arguments(values), precision=values.get("precision", "fp32"), backbone=values.get("backbone")
+    )
     trainer.train()
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0

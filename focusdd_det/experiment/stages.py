@@ -58,7 +58,7 @@ KINDS = ("build", "targets", "relabel", "train", "distill", "eval")
 PLACES = ("sets", "stores", "runs", "evals", "scores", "stages")
 # Of the training and the evaluation: where and how fast, not what.
 TRAIN_MACHINE = ("device", "workers", "plots", "verbose", "save_period", "cache", "download")
-TRAIN_FILES = ("model", "teacher", "teacher_weights", "weights", "pretrained", "eval_data")
+TRAIN_FILES = ("model", "teacher", "teacher_weights", "weights", "pretrained", "backbone", "eval_data")
 STORE_MACHINE = ("device", "workers", "download", "overwrite")
 STORE_FILES = ("teacher", "teacher_weights", "eval_data")
 EVAL_MACHINE = ("device", "download")
@@ -372,6 +372,8 @@ class Work:
     def _train(self, values: dict[str, Any], manifest: str, data: Path, store: Stage | None) -> Stage:
         detect = self.experiment.task == "detect"
         content = {key: value for key, value in values.items() if key not in TRAIN_MACHINE}
+        if content.get("backbone") is None:
+            content.pop("backbone", None)  # trainings from before there was such an option are the same
         content |= {key: self.prints.of(content[key]) for key in TRAIN_FILES if key in content}
         key = key_of(["train", content, manifest, store.key if store else None, self.versions])
         output = self.place("runs", key)

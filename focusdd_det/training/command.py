@@ -18,6 +18,7 @@ from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.teacher import resolve_weights
+from focusdd_det.training.backbone import backbone_argument
 from focusdd_det.training.precision import check_precision
 from focusdd_det.training.supervision import Options
 from focusdd_det.training.targets import TargetStore
@@ -35,6 +36,7 @@ VERBATIM = (
     "targets",
     "store",
     "weights",
+    "backbone",
     "eval_data",
     "eval_annotations",
     "annotations",
@@ -153,6 +155,11 @@ def plan(overrides: Mapping[str, Any]) -> str:
     data = resolve_data(overrides.get("data"))
     names = load_yolo_data(data.yaml, "train")["names"]
     lines = [f"model         {overrides.get('model')}", f"data          {data}", f"classes       {len(names)}"]
+    if options.backbone:
+        file = Path(
+            backbone_argument(options.backbone, overrides.get("model"), overrides.get("pretrained"), options.download)
+        )
+        lines.insert(1, f"backbone      {file} (sha256 {file_sha256(file)[:12]})")
     if options.uses_teacher:
         file = resolve_weights(str(options.teacher), options.download)
         lines.append(f"teacher       {file} (sha256 {file_sha256(file)[:12]})")
@@ -172,7 +179,7 @@ def plan(overrides: Mapping[str, Any]) -> str:
     ours = {
         k: v
         for k, v in dataclasses.asdict(options).items()
-        if k not in ("teacher", "targets", "eval_data", "eval_annotations")
+        if k not in ("teacher", "targets", "backbone", "eval_data", "eval_annotations")
     }
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
     return "\n".join([*lines, f"supervision   {listed(ours)}", f"ultralytics   {listed(stock)}"])

@@ -39,6 +39,7 @@ class Options(KeyedOptions):
     teacher: str | None = None
     targets: str | None = None
     targets_pool: int = 0
+    backbone: str | None = None
     supervision: Mode = "both"
     kl_cls: float = 1.0
     kl_dfl: float = 1.0
@@ -62,7 +63,7 @@ class Options(KeyedOptions):
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (positive and value == 0):
                 problems.append(f"{key}={value!r}: expected a number {'> 0' if positive else '>= 0'}")
-        for key in ("teacher", "targets", "eval_data", "eval_annotations"):
+        for key in ("teacher", "targets", "backbone", "eval_data", "eval_annotations"):
             value = getattr(self, key)
             if value is not None and not isinstance(value, str):
                 problems.append(f"{key}={value!r}: expected a path")
