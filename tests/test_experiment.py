@@ -60,7 +60,7 @@ def test_shipped_experiments_are_valid(name: str, small: bool, tmp_path: Path) -
 def test_every_table_and_figure_of_the_list_is_shipped() -> None:
     numbers = [5, 6, 7, 8, 11, 13, 15, 16, 17]
     names = {f"table{n}" for n in numbers} | {"fig1_map_over_ipc", "fig5_epochs", "fig5_resolution", "fig8_patches"}
-    assert set(shipped()) == names | {"methods", "variants", "supervision", "noise"}
+    assert set(shipped()) == names | {"methods", "variants", "supervision", "noise", "probe"}
 
 
 def test_only_the_numbers_that_are_known_are_called_the_papers(tmp_path: Path) -> None:
@@ -204,6 +204,27 @@ def test_keys_follow_the_content_of_files_not_their_place(bench: Path, tmp_path:
     assert again.folder(tmp_path / "a") != again.folder(tmp_path / "b")
     assert again.of(str(tmp_path / "a" / "t.pt")) != again.of(str(tmp_path / "b" / "t.pt"))
     assert again.of("deit_small_patch16_224") == "deit_small_patch16_224"
+
+
+def test_a_training_without_backbone_is_that_of_before_the_option(bench: Path, tmp_path: Path) -> None:
+    experiment = drawn(bench)
+    work = Work(experiment, tmp_path / "out")
+    values = train_settings(experiment, experiment.arms[0], 0)
+    (tmp_path / "start.pt").write_bytes(b"start")
+    found = [
+        work._train(given, "manifest", tmp_path, None).key
+        for given in (
+            values,
+            {key: value for key, value in values.items() if key != "backbone"},
+            {**values, "backbone": str(tmp_path / "start.pt")},
+        )
+    ]
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "start.pt").write_bytes(b"other")
+    again = Work(experiment, tmp_path / "out")._train(
+        {**values, "backbone": str(tmp_path / "start.pt")}, "manifest", tmp_path, None
+    )
+    assert again.key not in found
 
 
 def test_linked_folders_and_pictures_are_looked_into(tmp_path: Path) -> None:

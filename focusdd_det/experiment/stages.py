@@ -277,7 +277,7 @@ class Work:
         found: dict[str, Any] = dict(zip(paths, self.prints.sources(config), strict=True))
         evaluation = self.experiment.section("eval", arm)
         given = [self.experiment.section(name, arm) for name in ("targets", "relabel", "train")]
-        named = [section.get(key) for section in given for key in ("teacher", "teacher_weights", "weights")]
+        named = [section.get(key) for section in given for key in ("teacher", "teacher_weights", "weights", "backbone")]
         named += [config.selector, config.selector_weights, getattr(config, "teacher", None)]
         named += [evaluation.get("annotations"), evaluation.get("images")]
         found |= {str(value): self.prints.of(value) for value in named if value is not None}

@@ -86,8 +86,8 @@ def start_backbone(student: DetectionModel, file: Path, freeze: int | Sequence[i
     frozen = range(freeze) if isinstance(freeze, int) else freeze or ()
     if at_random := [layer for layer in frozen if taken <= layer < count]:
         raise ConfigError(
-            f"freeze={freeze} would keep layer {at_random[0]} as it starts, from random weights: the first {taken} of the "
-            f"backbone's {count} layers are in {file}; give freeze={taken}, or less"
+            f"freeze={freeze} would keep layer {at_random[0]} as it starts, from random weights: of the backbone's "
+            f"{count} layers the first {taken} are in {file}; give freeze={taken}, or less"
         )
     LOGGER.info(f"backbone: {taken} of {count} layers from {file}; the rest of the student starts from random weights")
     return taken

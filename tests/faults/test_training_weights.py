@@ -61,7 +61,9 @@ HOSTILE: dict[str, Callable[[Path, Path, Path], None]] = {
 }
 
 
-CASES = [("teacher", name) for name in HOSTILE] + [(arg, "code beside the model") for arg in ("model", "pretrained")]
+CASES = [("teacher", name) for name in HOSTILE] + [
+    (arg, "code beside the model") for arg in ("model", "pretrained", "backbone")
+]
 
 
 @pytest.mark.parametrize(("argument", "name"), CASES)
