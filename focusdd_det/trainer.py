@@ -25,13 +25,12 @@ from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval
-from focusdd_det.detset import write_atomic
+from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
 from focusdd_det.training import exact_resume
 from focusdd_det.training.aside import Aside, Begun
-from focusdd_det.training.backbone import backbone_argument, start_backbone
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
 from focusdd_det.training.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
 from focusdd_det.training.run_files import (
@@ -45,6 +44,7 @@ from focusdd_det.training.run_files import (
     student_head,
 )
 from focusdd_det.training.run_guard import guarded
+from focusdd_det.training.start import start_argument, start_backbone
 from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion
 from focusdd_det.training.targets import VIEWS, TargetStore, as_stored
 from focusdd_det.training.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
@@ -150,18 +150,21 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         self.args.model = model_argument(self.args.model, self.options.download)
         if isinstance(self.args.pretrained, (str, Path)) and not resumed:
             self.args.pretrained = checkpoint_argument(str(self.args.pretrained), self.options.download)
+        started = ""
         if self.options.backbone and not resumed:
-            file = backbone_argument(
-                self.options.backbone, self.args.model, self.args.pretrained, self.options.download
-            )
+            file = start_argument({**vars(self.args), "backbone": self.options.backbone}, self.options.download)
             self.options = dataclasses.replace(self.options, backbone=file)
+            started = file_sha256(Path(file))
         self._load_teacher(bool(resumed))
         self._open_targets(bool(resumed))
         self.origin = {"set": self.source.manifest_sha256, "teacher": self._teacher_sha256}
         if self.targets is not None:
             self.origin["targets"] = self.targets.sha256
+        began_with = before.get(ORIGIN_KEY) or {}
+        if started := began_with.get("backbone", started):
+            self.origin["backbone"] = started
         if resumed:
-            self._check_origin(before.get(ORIGIN_KEY) or {})
+            self._check_origin(began_with)
 
     def _load_teacher(self, resuming: bool) -> None:
         self._teacher_sha256 = ""
@@ -338,6 +341,10 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         """Ultralytics' own, then the start of the backbone, if one is given."""
         model = super().get_model(cfg, weights, verbose)
         if self.options.backbone and not self.resume:
+            if weights is not None:
+                raise ConfigError(
+                    f"backbone={self.options.backbone}: the model has weights already; give one as its .yaml makes it"
+                )
             start_backbone(model, Path(self.options.backbone), self.args.freeze)
         return model
 
@@ -386,6 +393,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             "teacher_sha256": self.targets.teacher_sha256 if self.targets else self._teacher_sha256,
             "targets_sha256": self.targets.sha256 if self.targets else "",
             "set_manifest_sha256": self.source.manifest_sha256,
+            "backbone_sha256": self.origin.get("backbone", ""),
             "annotations": str(self.annotations) if self.annotations else None,
             "versions": {
                 "focusdd_det": __version__,
@@ -648,7 +656,10 @@ def _refuse_changes(before: Mapping[str, Any], given: Mapping[str, Any]) -> None
     """
     if not before:
         return
-    other = [key for key, value in given.items() if key not in MOVABLE and value != before.get(key, value)]
+    usual = {field.name: field.default for field in dataclasses.fields(Options)}  # of an option that came later
+    other = [
+        key for key, value in given.items() if key not in MOVABLE and value != before.get(key, usual.get(key, value))
+    ]
     other += [key for key in ("eval_data",) if given.get(key) and not before.get(key)]
     if other:
         raise ConfigError(

@@ -22,11 +22,11 @@ from ultralytics.utils.torch_utils import unwrap_model
 from focusdd_det.config import read_yaml, suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.teacher import safe_ultralytics
-from focusdd_det.training.backbone import backbone_argument, start_backbone
 from focusdd_det.training.command import check_stock
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check
 from focusdd_det.training.replay import CleanDataset
 from focusdd_det.training.run_files import WholePath, checkpoint_argument, model_argument, strip
+from focusdd_det.training.start import start_argument, start_backbone
 from focusdd_det.training.supervision import PRECISIONS, Options
 from focusdd_det.training.traindata import check_count, load_yolo_data, resolve_data
 
@@ -53,6 +53,17 @@ def check_distill(values: dict[str, Any]) -> None:
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: expected fp32 or bf16{suggest(str(precision), PRECISIONS)}")
     check_precision(precision, stock.get("device"), stock.get("amp", True))
+    if values.get("backbone"):
+        _on_one_device(stock.get("device"))
+
+
+def _on_one_device(device: Any) -> None:
+    """The processes of several GPUs are given arguments that stock Ultralytics knows, and no others."""
+    several = len(device) > 1 if isinstance(device, (list, tuple)) else "," in str(device)
+    if several:
+        raise ConfigError(
+            f"supervision=distill_model takes backbone= on one device alone; device={device}, give device=0"
+        )
 
 
 class StockDistillation(DetectionTrainer):  # type: ignore[misc]
@@ -76,13 +87,12 @@ class StockDistillation(DetectionTrainer):  # type: ignore[misc]
         overrides["model"] = model_argument(overrides["model"], False)
         overrides["distill_model"] = checkpoint_argument(overrides["distill_model"], False)
         if backbone:
-            self.backbone = backbone_argument(backbone, overrides["model"], overrides.get("pretrained"), False)
+            _on_one_device(overrides.get("device"))
+            self.backbone = start_argument({**overrides, "backbone": backbone}, False)
         with safe_ultralytics():
             super().__init__(cfg, overrides, _callbacks)
         self.wdir: Path = WholePath(self.save_dir / "weights")
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
-        if backbone and self.world_size > 1:
-            raise ConfigError("supervision=distill_model takes backbone= on one device alone: give device=0")
 
     def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> DetectionModel:
         """Stock, then the start of the backbone, if one is given."""

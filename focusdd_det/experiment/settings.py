@@ -205,6 +205,7 @@ def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, 
         from focusdd_det.experiment.distill import check_distill
 
         check_distill(train)
+        _check_start(train)
         return
     if uses_targets(experiment, train):
         train = {**train, "targets": "store"}
@@ -212,6 +213,15 @@ def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, 
     options = Options.of(train)
     check_stock(train, "detect")
     check_precision(options.precision, train.get("device"), train.get("amp", True))
+    _check_start(train)
+
+
+def _check_start(train: Mapping[str, Any]) -> None:
+    """Where a training names the file of its start and that is here, whether it can start from it."""
+    from focusdd_det.training.start import start_argument
+
+    if train.get("backbone") and Path(str(train["backbone"])).is_file():
+        start_argument(train, bool(train.get("download")))
 
 
 def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str, Any]) -> None:

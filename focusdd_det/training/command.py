@@ -18,8 +18,8 @@ from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, Interrupted
 from focusdd_det.teacher import resolve_weights
-from focusdd_det.training.backbone import backbone_argument
 from focusdd_det.training.precision import check_precision
+from focusdd_det.training.start import start_argument
 from focusdd_det.training.supervision import Options
 from focusdd_det.training.targets import TargetStore
 from focusdd_det.training.traindata import load_yolo_data, resolve_data
@@ -156,9 +156,7 @@ def plan(overrides: Mapping[str, Any]) -> str:
     names = load_yolo_data(data.yaml, "train")["names"]
     lines = [f"model         {overrides.get('model')}", f"data          {data}", f"classes       {len(names)}"]
     if options.backbone:
-        file = Path(
-            backbone_argument(options.backbone, overrides.get("model"), overrides.get("pretrained"), options.download)
-        )
+        file = Path(start_argument(overrides, options.download))
         lines.insert(1, f"backbone      {file} (sha256 {file_sha256(file)[:12]})")
     if options.uses_teacher:
         file = resolve_weights(str(options.teacher), options.download)
