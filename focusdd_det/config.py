@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -320,6 +320,16 @@ class KeyedOptions:
         """From keys and values; paths may be Path objects, a missing key takes its default."""
         known = cls.keys()
         return cls(**{k: str(v) if isinstance(v, Path) else v for k, v in values.items() if k in known})
+
+
+def without_keys(cfg: Any, keys: Collection[str]) -> Any:
+    """The `cfg` that Ultralytics gives a trainer, less keys that are not its own.
+
+    Args:
+        cfg: a mapping or a namespace, which comes back as a dict; anything else (the name of a file) as it is.
+    """
+    values = cfg if isinstance(cfg, Mapping) else getattr(cfg, "__dict__", None)
+    return cfg if values is None else {key: value for key, value in values.items() if key not in keys}
 
 
 def _value(text: str, hint: Any) -> Any:

@@ -25,6 +25,7 @@ from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval
+from focusdd_det.config import without_keys
 from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
@@ -81,10 +82,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     ) -> None:
         given = dict(overrides or {})
         self.own_given = {key: given.pop(key) for key in OWN_KEYS if key in given}
-        if isinstance(cfg, Mapping):
-            cfg = {key: value for key, value in cfg.items() if key not in OWN_KEYS}
-        elif hasattr(cfg, "__dict__"):
-            cfg = {key: value for key, value in vars(cfg).items() if key not in OWN_KEYS}
+        cfg = without_keys(cfg, OWN_KEYS)
         if not given.get("resume"):
             if given.get("optimizer") is None:
                 given["optimizer"] = OPTIMIZER

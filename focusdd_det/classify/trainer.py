@@ -38,7 +38,7 @@ from focusdd_det.classify.student import make_student
 from focusdd_det.classify.subsets import Subsets, SubsetSampler, SubsetViews
 from focusdd_det.classify.supervision import SOFT_KEY, SoftLabels
 from focusdd_det.classify.views import EvalDataset, ViewDataset, ViewSettings
-from focusdd_det.config import cfg_dir, read_yaml
+from focusdd_det.config import cfg_dir, read_yaml, without_keys
 from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, FocusDDError, VerifyError, WeightsError
 from focusdd_det.training import exact_resume
@@ -96,10 +96,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
     ) -> None:
         given = dict(overrides or {})
         self.own_given = {key: given.pop(key) for key in OWN_KEYS if key in given}
-        if isinstance(cfg, Mapping):
-            cfg = {key: value for key, value in cfg.items() if key not in OWN_KEYS}
-        elif hasattr(cfg, "__dict__"):
-            cfg = {key: value for key, value in vars(cfg).items() if key not in OWN_KEYS}
+        cfg = without_keys(cfg, OWN_KEYS)
         if not given.get("resume"):
             recipe = {k: v for k, v in read_yaml(cfg_dir() / SHIPPED).items() if k in DEFAULT_CFG_DICT}
             given = {**recipe, **{key: value for key, value in given.items() if value is not None}}
