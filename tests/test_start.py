@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,24 +98,36 @@ def test_the_average_is_what_is_taken(tmp_path: Path) -> None:
     assert torch.equal(student.model[0].conv.weight, models[1].model[0].conv.weight)
 
 
-@pytest.mark.parametrize(
-    ("student", "model", "told"),
-    [
-        (
-            "yolo11s.yaml",
-            ClassificationModel("yolo11n-cls.yaml", verbose=False),
-            r"0 of .*\(16, 3, 3, 3\).*\(32, 3, 3, 3\)",
-        ),
-        ("yolo11n.yaml", DetectionModel("yolov8n.yaml", verbose=False), r"2 of .* layer 2 is C2f .*, here C3k2"),
-        ("yolo11n.yaml", DetectionModel("yolo11n.yaml", ch=1, verbose=False), r"0 of .* number of channels"),
-        ("yolo11n.yaml", DetectionModel("yolo11n.yaml", verbose=False).fuse(verbose=False), "saved fused"),
-        ("yolo11n.yaml", torch.nn.Linear(1, 1), r"no finished model of Ultralytics \(Linear\)"),
-        ("yolo11n.yaml", not_finite(DetectionModel("yolo11n.yaml", verbose=False)), "not finite"),
-    ],
-    ids=["scale", "family", "channels", "fused", "no model", "NaN"],
-)
-def test_models_that_do_not_fit(student: str, model: torch.nn.Module, told: str, tmp_path: Path) -> None:
-    torch.save({"model": model, "train_args": {}, "epoch": -1}, tmp_path / "start.pt")
+MISFITS: dict[str, tuple[str, Callable[[], torch.nn.Module], str]] = {
+    "scale": (
+        "yolo11s.yaml",
+        lambda: ClassificationModel("yolo11n-cls.yaml", verbose=False),
+        r"0 of .*\(16, 3, 3, 3\).*\(32, 3, 3, 3\)",
+    ),
+    "family": (
+        "yolo11n.yaml",
+        lambda: DetectionModel("yolov8n.yaml", verbose=False),
+        r"2 of .* layer 2 is C2f .*, here C3k2",
+    ),
+    "channels": (
+        "yolo11n.yaml",
+        lambda: DetectionModel("yolo11n.yaml", ch=1, verbose=False),
+        r"0 of .* number of channels",
+    ),
+    "fused": (
+        "yolo11n.yaml",
+        lambda: DetectionModel("yolo11n.yaml", verbose=False).fuse(verbose=False),
+        "saved fused",
+    ),
+    "no model": ("yolo11n.yaml", lambda: torch.nn.Linear(1, 1), r"no finished model of Ultralytics \(Linear\)"),
+    "NaN": ("yolo11n.yaml", lambda: not_finite(DetectionModel("yolo11n.yaml", verbose=False)), "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_models_that_do_not_fit(name: str, tmp_path: Path) -> None:
+    student, model, told = MISFITS[name]
+    torch.save({"model": model(), "train_args": {}, "epoch": -1}, tmp_path / "start.pt")
     with pytest.raises(WeightsError, match=told):
         start_backbone(DetectionModel(student, verbose=False), tmp_path / "start.pt")
 
