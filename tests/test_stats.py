@@ -17,7 +17,15 @@ from focusdd_det.stats import diversity as div
 from focusdd_det.stats.duplicates import near_pairs
 from focusdd_det.stats.hessian import hessian_trace
 from focusdd_det.stats.reference import SHIPPED, measure
-from focusdd_det.stats.sizes import EDGES, cells_with_a_box, coco_kinds, covered_area, overlap, size_shares
+from focusdd_det.stats.sizes import (
+    EDGES,
+    cells_filled,
+    cells_with_a_box,
+    coco_kinds,
+    covered_area,
+    overlap,
+    size_shares,
+)
 from focusdd_det.stats.snr import noise_sigma, snr_db
 
 
@@ -43,6 +51,23 @@ def test_a_cell_holds_a_box_when_its_centre_lies_in_it() -> None:
     assert cells_with_a_box(rows((0.2, 0.2, 0.1, 0.1), (0.3, 0.3, 0.1, 0.1), (0.9, 0.1, 0.1, 0.1)), 2) == 2
     assert cells_with_a_box(rows((1.0, 1.0, 0.1, 0.1)), 2) == 1  # on the far border, still inside
     assert cells_with_a_box(rows(), 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("boxes", "filled"),
+    [
+        ([], 0),
+        ([(0.25, 0.25, 0.5, 0.5)], 1),
+        ([(0.25, 0.25, 0.5, 0.5), (0.25, 0.25, 0.49, 0.49)], 1),  # two boxes fill one cell
+        ([(0.25, 0.25, 0.5, 0.42)], 0),  # 84 %
+        ([(0.25, 0.25, 0.5, 0.43), (0.75, 0.75, 0.5, 0.5)], 2),
+        ([(0.5, 0.25, 1, 0.5)], 1),  # across the seam: the cell of its centre counts
+        ([(0.5, 0.25, 0.5, 0.5)], 0),  # half of it lies in the other cell
+        ([(0.25, 0.25, 0.25, 0.25), (0.25, 0.25, 0.5, 0.25)], 0),  # together is not one
+    ],
+)
+def test_a_cell_is_filled_by_one_box(boxes: list[tuple[float, float, float, float]], filled: int) -> None:
+    assert cells_filled(rows(*boxes), 2) == filled
 
 
 def test_sizes_beyond_the_bins_count_to_the_outer_ones() -> None:

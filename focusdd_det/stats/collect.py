@@ -25,7 +25,7 @@ from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.scoring.glance import difference_hash
 from focusdd_det.selector import Selector
 from focusdd_det.stats.features import pooled
-from focusdd_det.stats.sizes import Doubles, cells_with_a_box, covered_area, relative_sizes
+from focusdd_det.stats.sizes import Doubles, cells_filled, cells_with_a_box, covered_area, relative_sizes
 from focusdd_det.stats.snr import snr_db
 from focusdd_det.types import Image
 
@@ -46,7 +46,8 @@ class Facts:
         hashes: [n] difference hashes.
         cells, repeated: cells in all, and those whose source another cell shows already.
         features: [n, d], if a ViT looked.
-        boxes_per_image, covered, cells_boxed: [n]; shares of the area under boxes, and of the cells with a box.
+        boxes_per_image, covered, cells_boxed, cells_filled: [n]; shares of the area under boxes, of the cells with a
+            box, and of those with one that fills them.
         box_classes, sizes, areas, confidence: [m]; size relative to the side, area in px.
             Of a classification set all of these are empty.
     """
@@ -67,6 +68,7 @@ class Facts:
     boxes_per_image: NDArray[np.int64]
     covered: Doubles
     cells_boxed: Doubles
+    cells_filled: Doubles
     box_classes: NDArray[np.int64]
     sizes: Doubles
     areas: Doubles
@@ -151,6 +153,7 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
         features=np.concatenate(features) if features else None,
         boxes_per_image=np.array([len(one.rows) for one in boxed], np.int64),
         covered=np.array([covered_area(one.rows) for one in boxed], np.float64),
+        cells_filled=np.array([cells_filled(one.rows, one.grid) / one.grid**2 for one in boxed], np.float64),
         cells_boxed=np.array([cells_with_a_box(one.rows, one.grid) / one.grid**2 for one in boxed], np.float64),
         box_classes=rows[:, 0].astype(np.int64),
         sizes=sizes,

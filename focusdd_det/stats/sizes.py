@@ -10,6 +10,7 @@ Doubles = NDArray[np.float64]
 PER_DECADE = 12
 # Relative sizes from 1/100 of the side to the whole, in equal steps of the logarithm: 24 bins, 25 edges.
 EDGES: Doubles = np.power(10.0, np.linspace(-2, 0, 2 * PER_DECADE + 1))
+FILLED = 0.85  # share of a cell's area from which one box fills it
 SMALL, MEDIUM = 32.0**2, 96.0**2  # px^2: COCO's borders between small, medium and large
 
 
@@ -70,5 +71,18 @@ def covered_area(rows: Doubles) -> float:
 
 def cells_with_a_box(rows: Doubles, grid: int) -> int:
     """In how many of the grid x grid cells the centre of a box lies."""
-    columns_rows = np.minimum((rows[:, 1:3] * grid).astype(np.int64), grid - 1)
-    return len({(int(x), int(y)) for x, y in columns_rows})
+    return len({(int(x), int(y)) for x, y in _cells_of(rows, grid)})
+
+
+def cells_filled(rows: Doubles, grid: int) -> int:
+    """How many of the grid x grid cells one box fills: its centre lies there, and it covers FILLED or more of the
+    cell's area. What such a cell teaches is that boxes end where cells do."""
+    cells = _cells_of(rows, grid)
+    low = np.maximum((rows[:, 1:3] - rows[:, 3:] / 2) * grid, cells)
+    high = np.minimum((rows[:, 1:3] + rows[:, 3:] / 2) * grid, cells + 1)
+    return cells_with_a_box(rows[(high - low).prod(axis=1) >= FILLED], grid)
+
+
+def _cells_of(rows: Doubles, grid: int) -> NDArray[np.int64]:
+    """[n, 2] column and row of the cell in which the centre of each box lies."""
+    return np.minimum((rows[:, 1:3] * grid).astype(np.int64), grid - 1)

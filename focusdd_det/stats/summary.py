@@ -12,7 +12,7 @@ from focusdd_det.stats.collect import Facts
 from focusdd_det.stats.diversity import diversity
 from focusdd_det.stats.duplicates import NEAR, near_pairs
 from focusdd_det.stats.reference import Reference, percentiles
-from focusdd_det.stats.sizes import EDGES, coco_kinds, overlap, size_shares
+from focusdd_det.stats.sizes import EDGES, FILLED, coco_kinds, overlap, size_shares
 
 Numbers = dict[str, Any]
 _PAIRS_TOLD = 50  # pairs of near duplicates that stats.json names
@@ -68,6 +68,7 @@ def _boxes(facts: Facts, reference: Reference | None) -> Numbers:
         "images_without": int((facts.boxes_per_image == 0).sum()),
         "area_covered": _r(facts.covered.mean()),
         "cells_with_a_box": _r(facts.cells_boxed.mean()),
+        "cells_filled_by_a_box": _r(facts.cells_filled.mean()),
         "relative_size": {"percentiles": percentiles(facts.sizes)} if some else None,
         "size_histogram": {"edges": [_r(v) for v in EDGES], "shares": [_r(v) for v in shares]},
         "small_medium_large": [_r(v) for v in coco_kinds(facts.areas)] if some else None,
@@ -192,6 +193,12 @@ _ROWS: tuple[tuple[str, Callable[[Numbers], str | None], Callable[[Reference], s
     ),
     ("area under boxes", lambda one: _percent(one["boxes"]["area_covered"]), None, True),
     ("cells with a box", lambda one: _percent(one["boxes"]["cells_with_a_box"]), None, True),
+    (
+        f"cells that one box fills (from {100 * FILLED:.0f} % on)",
+        lambda one: _percent(one["boxes"]["cells_filled_by_a_box"]),
+        None,
+        True,
+    ),
     (
         "teacher confidence: mean (5 to 95 %)",
         lambda one: _mean_and_span(one["boxes"]["confidence"], 2),
