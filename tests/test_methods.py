@@ -22,7 +22,7 @@ from focusdd_det.selector import Selector
 from focusdd_det.types import Crop, Detections
 from focusdd_det.windows import best_windows, least_windows, view_of
 
-NAMES = ("focusdd", "random", "whole", "herding", "kmeans", "realism", "min_as", "random_as", "teacher")
+NAMES = ("focusdd", "random", "whole", "herding", "kmeans", "realism", "min_as", "random_as", "ranked_crops", "teacher")
 
 
 def candidates(features: np.ndarray, sha: np.ndarray | None = None) -> Candidates:
@@ -389,5 +389,5 @@ def test_realism_and_whole_are_as_before() -> None:
 def test_random_crops_are_as_large_as_focusdd_s(crop: str) -> None:
     """Also where `crop=` makes those larger or of one size."""
     config, view = load_config(sources=["x"], crop=crop), view_of(1600, 600, "squash")
-    sides = {METHODS[name].crop(view, (1, 1), 14, config, "s").side for name in ("focusdd", "random", "random_as")}
+    sides = {METHODS[name].crop(view, (1, 1), 14, config, "s").side for name in ("focusdd", "random", "ranked_crops")}
     assert len(sides) == 1

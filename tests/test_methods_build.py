@@ -31,7 +31,7 @@ from focusdd_det.selector import load_selector
 from focusdd_det.teacher import Detector, load_detector
 from focusdd_det.types import Detections
 
-NEW = ("herding", "kmeans", "min_as", "random_as", "teacher")
+NEW = ("herding", "kmeans", "min_as", "random_as", "ranked_crops", "teacher")
 
 
 def cells(folder: Path, kind: str) -> dict[str, tuple[int, int, int] | None]:
@@ -46,7 +46,7 @@ def test_the_same_bytes_whatever_the_workers(bench: Path, tmp_path: Path, method
     assert tree(make(bench, tmp_path / "three", method=method, workers=3)) == tree(one)
 
 
-@pytest.mark.parametrize("method", ["herding", "kmeans", "min_as", "random_as"])
+@pytest.mark.parametrize("method", ["herding", "kmeans", "min_as", "random_as", "ranked_crops"])
 def test_the_same_for_classifiers(cls_bench: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
     folder = test_build_cls.make(cls_bench, tmp_path / "set", method=method)
     assert verify(folder) == []
@@ -69,6 +69,13 @@ def test_min_as_and_random_as_differ_from_focusdd_in_the_window_alone(bench: Pat
             for cell in item.cells:
                 if cell.kind == "key" and method == "min_as":
                     assert attention_in(selector, bench, cell) <= attention_in(selector, bench, cell, mine[cell.path])
+
+
+def test_ranked_crops_are_random_as_with_no_backgrounds(bench: Path, tmp_path: Path) -> None:  # noqa: F811
+    ours = make(bench, tmp_path / "ours", method="ranked_crops")
+    same = make(bench, tmp_path / "same", method="random_as", n_key=4)
+    assert (ours / "manifest.jsonl").read_bytes() == (same / "manifest.jsonl").read_bytes()
+    assert {cell.kind for item in read_manifest(ours) for cell in item.cells} == {"key"}
 
 
 def attention_in(selector: Any, bench: Path, cell: Any, crop: tuple[int, int, int] | None = None) -> float:  # noqa: F811

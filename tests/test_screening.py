@@ -78,6 +78,7 @@ def test_the_methods_whose_order_follows_p_and_score_are_screened_and_no_others(
         "realism",
         "min_as",
         "random_as",
+        "ranked_crops",
     ]
 
     class Middling(FocusDD):

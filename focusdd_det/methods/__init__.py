@@ -13,7 +13,7 @@ from focusdd_det.errors import ConfigError
 from focusdd_det.methods.base import Base, Method, check_order, is_monotone, monotone, shuffled
 from focusdd_det.methods.baselines import REALISM_LEAST, RandomCrops, Realism, Whole
 from focusdd_det.methods.coresets import Herding, KMeans, by_clusters, by_herding
-from focusdd_det.methods.focus import FocusDD, LeastAttention, RandomAttention
+from focusdd_det.methods.focus import FocusDD, LeastAttention, RandomAttention, RankedCrops
 from focusdd_det.methods.teacher import TeacherWindows, window_scores
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Method",
     "RandomAttention",
     "RandomCrops",
+    "RankedCrops",
     "Realism",
     "TeacherWindows",
     "Whole",
@@ -80,4 +81,5 @@ register("kmeans", KMeans())
 register("realism", Realism())
 register("min_as", LeastAttention())
 register("random_as", RandomAttention())
+register("ranked_crops", RankedCrops())
 register("teacher", TeacherWindows())

@@ -1,4 +1,4 @@
-"""FocusDD's own choice, and its two controls that differ in the window alone."""
+"""FocusDD's own choice, and what it is with other windows."""
 
 from __future__ import annotations
 
@@ -46,3 +46,10 @@ class RandomAttention(FocusDD):
         places = grid - window_side(grid, config.side_ratio) + 1
         row, column = (int(uniform(axis, config.seed, sha256) * places) for axis in ("row", "column"))
         return super().crop(view, (row, column), grid, config, sha256)
+
+
+class RankedCrops(RandomAttention):
+    """FocusDD's sources in FocusDD's order, any window of each, no backgrounds: its choice of pictures without its
+    choice of windows, the same sets as `random_as` with n_key = grid^2. Ours."""
+
+    all_keys = True
