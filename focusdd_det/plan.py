@@ -140,6 +140,8 @@ def make_plan(config: SetConfig) -> Plan:
         roots.append(root)
         hashes[root.name] = digest
         notes += more
+    if method.all_keys:
+        notes.append(f"method={config.method} makes no backgrounds: n_key= and background= do nothing")
     plan, more_problems = _groups(config, class_map, hashes, roots, notes)
     if method.needs_teacher and isinstance(config, BuildConfig):
         note = (

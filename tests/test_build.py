@@ -62,6 +62,7 @@ def options(bench: Path, out: Path, **more: Any) -> dict[str, Any]:
         "selector": str(bench / "vit.json"),
         "teacher": str(bench / "teacher.pt"),
         "out": str(out),
+        "method": "focusdd",
         "ipc": 2,
         "image_size": 96,
         "grid": 2,
@@ -452,6 +453,7 @@ def test_a_real_set(assets: Path, tmp_path: Path) -> None:
     build(
         load_config(
             sources=[str(assets / "data" / "imagenet_mini" / "images")],
+            method="focusdd",
             classes=["bird", "cat", "zebra", "banana"],
             ipc=1,
             out=str(folder),

@@ -229,6 +229,13 @@ def test_a_plan_says_that_the_teacher_will_look_at_every_source(bench: Path, tmp
     assert "looks at each" not in make_plan(load_config(**options(bench, tmp_path / "x"))).table()
 
 
+def test_a_plan_says_where_there_are_no_backgrounds(bench: Path, tmp_path: Path) -> None:  # noqa: F811
+    def says(method: str) -> bool:
+        return "n_key=" in make_plan(load_config(**options(bench, tmp_path / "x", method=method))).table()
+
+    assert [m for m in ("focusdd", "random_as", "ranked_crops", "random") if says(m)] == ["ranked_crops", "random"]
+
+
 # --- the user's own
 
 
