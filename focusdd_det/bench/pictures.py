@@ -89,6 +89,7 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
         "selector_weights": weights,
         "teacher": str(teacher),
         "out": str(work / "set"),
+        "method": "focusdd",
         "image_size": 256 if options.quick else COMPOSITE,
         "ipc": 2 if options.quick else 10,
         "empty": "keep",

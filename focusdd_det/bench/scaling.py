@@ -247,7 +247,7 @@ def _memory(options: BenchOptions, work: Path, counts: Sequence[int]) -> list[di
 
 
 _KEYS = (
-    "sources", "class_map", "selector", "selector_weights", "teacher", "out", "image_size", "batch", "empty",
+    "sources", "class_map", "selector", "selector_weights", "teacher", "out", "method", "image_size", "batch", "empty",
     "near_duplicate", "max_bad", "device", "workers", "loader",
 )  # fmt: skip
 

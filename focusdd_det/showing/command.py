@@ -34,7 +34,7 @@ KEYS = (
 )  # fmt: skip
 OWN = {"attention": str, "class": str, "out": str, "count": int, "config": str, "id": str, "sources": tuple[Any, ...]}
 
-USAGE = """Attention overlays: where the selector looks in a picture, and the window that a build would cut.
+USAGE = """Attention overlays: where the selector looks in a picture, and the window that method=focusdd would cut.
 
   focusdd explain cat.jpg selector=deit_small_patch16_224.fb_in1k selector_weights=deit_small.safetensors
   focusdd explain cat.jpg dog.png photos/ attention=all class=cat selector=... selector_weights=... out=overlays
@@ -42,7 +42,8 @@ USAGE = """Attention overlays: where the selector looks in a picture, and the wi
   focusdd explain datasets/focusdd id=003_car_00001 selector=... selector_weights=...     the sources of a composite
 
 A PNG for each picture: the picture with its likeliest classes; for each attention the heat map with the best window of
-tokens (dashed) and the square that a build cuts for it (blue), p, share and score S; and that square as its cell.
+tokens (dashed) and the square that method=focusdd cuts for it (blue), p, share and score S; and that square as its
+cell.
 
   PICTURE ...   picture files, and folders of them; or one distilled set, with id=
   class         whose probability p is: a folder of the selector (n02123045), or a class of the class map (cat: the sum

@@ -1,4 +1,4 @@
-"""What the selector sees in any picture: where it looks, which window a build would cut, and what it is worth.
+"""What the selector sees in any picture: where it looks, which window method=focusdd would cut, and what it is worth.
 
 found = explain([Path("cat.jpg").read_bytes()], [()], selector, ["gca"], load_config())[0]
 """
