@@ -34,7 +34,7 @@ USAGE = """focusdd: the smallest training set that still trains a good detector
   focusdd experiment methods imagenet=... coco=... teacher=... selector=... builds, trains, evaluates a grid of arms
   focusdd verify datasets/focusdd                                           is the set what its manifest says?
   focusdd sheet datasets/focusdd                                            a contact sheet with boxes
-  focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, what is cut
+  focusdd explain picture.jpg selector=... selector_weights=...             where the selector looks, its best window
   focusdd export datasets/focusdd format=coco out=focusdd_coco              COCO JSON, DD-Ranking, RethinkDC
   focusdd annotations data=mine.yaml out=mine_coco                          COCO JSON from YOLO labels, for COCO mAP
   focusdd pack datasets/focusdd out=focusdd.tar                             one tar with checksums; `unpack` checks it

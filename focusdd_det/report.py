@@ -50,9 +50,16 @@ fo.Dataset.from_dir("SET/train", dataset_type=fo.types.ImageClassificationDirect
 from datasets import load_dataset  # classes are numbered by the sorted names of their folders
 load_dataset("SET", split="train")
 """
+_HOW = {  # method -> what it does
+    "focusdd": "A vision transformer looks at every photograph; the windows of highest attention in the photographs of "
+    "highest score are cut out of the originals, others are shown whole.",
+    "ranked_crops": "A vision transformer looks at every photograph; any windows of the photographs of highest score "
+    "are cut out of the originals, where the published FocusDD cuts those of highest attention.",
+}
+_ELSE = "docs/methods.md of focusdd_det says what it does; it is not the published FocusDD."
 _CITATION = """## Citation
 
-The method is FocusDD; focusdd_det, which made this set, is an independent implementation of it.
+It builds on FocusDD; focusdd_det, which made this set, is an independent implementation of that.
 
 ```bibtex
 @misc{focusdd,
@@ -170,13 +177,7 @@ def _method(items: Sequence[Item], identity: dict[str, Any], boxed: bool) -> str
     kinds = Counter(cell.kind for item in items for cell in item.cells)
     lines = [
         f"- Selection: method `{config['method']}`, {kinds['key']} key patches and {kinds['background']} sources shown "
-        "whole in all. "
-        + (
-            "A vision transformer looks at every photograph; the windows of highest attention in the photographs of "
-            "highest score are cut out of the originals, others are shown whole."
-            if config["method"] == "focusdd"
-            else "docs/methods.md of focusdd_det says what it does; it is not the published FocusDD."
-        )
+        "whole in all. " + _HOW.get(config["method"], _ELSE)
     ]
     if identity["selector"]:
         own = identity["selector"]

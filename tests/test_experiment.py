@@ -131,6 +131,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "needs": {"bench": "the folder of this test"},
         "build": {
             "sources": ["${bench}/sources"],
+            "method": "focusdd",
             "class_map": "${bench}/map.yaml",
             "selector": "${bench}/vit.json",
             "teacher": "${bench}/teacher.pt",

@@ -191,8 +191,8 @@ class World:
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_choice_is_that_of_the_true_scores(more: dict[str, Any], seed: int) -> None:
-    config = load_config(**{"sources": ["x"], "out": "x", "near_duplicate": 0, "ipc": 6, **more})
-    layout = Layout(2, 4 if config.method == "realism" else 3)
+    config = load_config(**{"sources": ["x"], "out": "x", "method": "focusdd", "near_duplicate": 0, "ipc": 6, **more})
+    layout = Layout(2, 4 if METHODS[config.method].all_keys else 3)
     world = World(seed, 250, config, layout)
     wanted = [each for _, each in zip(range(config.ipc), world.ranking(settled=True).proposals(), strict=False)]
     assert world.chosen() == wanted
@@ -202,7 +202,7 @@ def test_the_choice_is_that_of_the_true_scores(more: dict[str, Any], seed: int) 
 
 def test_a_bound_that_is_too_small_is_what_the_test_above_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focusdd_det.scoring.deviations.SAFETY", 0.0)
-    config = load_config(sources=["x"], out="x", near_duplicate=0, ipc=6)
+    config = load_config(sources=["x"], out="x", method="focusdd", near_duplicate=0, ipc=6)
     different = 0
     for seed in range(8):
         world = World(seed, 250, config, Layout(2, 3))
@@ -241,7 +241,7 @@ def before_the_second_look(patch: pytest.MonkeyPatch, happens: Callable[[], obje
     patch.setattr(screening.Screen, "settle_all", settle_all)
 
 
-@pytest.mark.parametrize("method", ["focusdd", "min_as", "random_as", "realism"])
+@pytest.mark.parametrize("method", ["focusdd", "min_as", "random_as", "ranked_crops", "realism"])
 def test_a_screened_set_has_the_same_bytes(bench: Path, many: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
     keys = {"sources": [str(many)], "ipc": 1, "method": method, "batch": 10, "classes": ["disc", "square"]}
     plain = make(bench, tmp_path / "plain", screen="off", **keys)

@@ -203,7 +203,7 @@ def test_an_experiment_looks_before_it_builds(tmp_path: Path) -> None:
             "eval": {"data": "coco.yaml"},
             "iterations": 2,
             "seeds": [0],
-            "arms": {"focusdd": {}},
+            "arms": {"focusdd": {"build.method": "focusdd"}},
         }
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
         with pytest.raises(WeightsError if freeze == 9 else ConfigError, match="backbone"):

@@ -356,7 +356,7 @@ class Work:
         if config.method not in _ALL_EQUAL:
             shared += ["method", "selector", "selector_weights", "view", "attention", "side_ratio"]
             shared += ["confidence", "precision", "plugins"] + (["seed"] if method is not None and method.looks else [])
-        if config.method not in (*_ALL_EQUAL, "focusdd", "realism"):
+        if method is None or method.needs_teacher:
             shared.append("teacher")  # it may be what looks
         return key_of([content.get(key) for key in shared])
 

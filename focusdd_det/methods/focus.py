@@ -50,6 +50,6 @@ class RandomAttention(FocusDD):
 
 class RankedCrops(RandomAttention):
     """FocusDD's sources in FocusDD's order, any window of each, no backgrounds: its choice of pictures without its
-    choice of windows, the same sets as `random_as` with n_key = grid^2. Ours."""
+    choice of windows, the same composites as `random_as` with n_key = grid^2. Ours."""
 
     all_keys = True

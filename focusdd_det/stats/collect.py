@@ -46,8 +46,8 @@ class Facts:
         hashes: [n] difference hashes.
         cells, repeated: cells in all, and those whose source another cell shows already.
         features: [n, d], if a ViT looked.
-        boxes_per_image, covered, cells_boxed, cells_filled: [n]; shares of the area under boxes, of the cells with a
-            box, and of those with one that fills them.
+        boxes_per_image, covered, cells_boxed, cells_filled: [n]; shares of the area under boxes, of all cells those
+            with a box, and of all cells those that one box fills.
         box_classes, sizes, areas, confidence: [m]; size relative to the side, area in px.
             Of a classification set all of these are empty.
     """

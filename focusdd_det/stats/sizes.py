@@ -76,7 +76,7 @@ def cells_with_a_box(rows: Doubles, grid: int) -> int:
 
 def cells_filled(rows: Doubles, grid: int) -> int:
     """How many of the grid x grid cells one box fills: its centre lies there, and it covers FILLED or more of the
-    cell's area. What such a cell teaches is that boxes end where cells do."""
+    cell's area. It ends where the cell does, and perhaps that is what it teaches."""
     cells = _cells_of(rows, grid)
     low = np.maximum((rows[:, 1:3] - rows[:, 3:] / 2) * grid, cells)
     high = np.minimum((rows[:, 1:3] + rows[:, 3:] / 2) * grid, cells + 1)

@@ -47,6 +47,7 @@ class Workshop:
             "selector": str(self.top / "vit.json"),
             "teacher": str(self.top / "teacher.pt"),
             "out": str(out),
+            "method": "focusdd",
             "ipc": 3,
             "image_size": 64,
             "near_duplicate": 0,
