@@ -175,6 +175,9 @@ def method_of(config: SetConfig) -> Method:
             f"method={config.method} ranks windows by what a detection teacher finds in them, and a classification "
             "build has none; use method=realism (the crop that the classifier is surest of) or method=focusdd"
         )
+    cells = method.adapt(config)
+    if not method.all_keys and cells.n_key > cells.grid**2:
+        raise ConfigError(f"n_key={cells.n_key}: expected 0 to grid^2 = {cells.grid**2} key patches")
     if config.grow_from and not method.growable:
         raise ConfigError(
             f"grow_from: method={config.method} chooses other sources for another ipc, so a smaller set is not the "

@@ -74,7 +74,7 @@ def test_all_problems_come_at_once_with_suggestions() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("ipc", 0), ("grid", 5), ("n_key", 5), ("image_size", 31), ("grids", [2, 5]),
+        ("ipc", 0), ("grid", 5), ("n_key", -1), ("image_size", 31), ("grids", [2, 5]),
         ("side_ratio", 0), ("side_ratio", 1.1), ("least_entropy", -0.1), ("least_entropy", 8.1),
         ("alpha", -1), ("alpha", float("nan")), ("conf", 1.0), ("levels", "exact,weak"), ("jpeg_quality", 101),
         ("max_bad", 2), ("batch", 0), ("seed", 1.5), ("overwrite", "yes"), ("view", "big"),

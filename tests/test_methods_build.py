@@ -236,6 +236,14 @@ def test_a_plan_says_where_there_are_no_backgrounds(bench: Path, tmp_path: Path)
     assert [m for m in ("focusdd", "random_as", "ranked_crops", "random") if says(m)] == ["ranked_crops", "random"]
 
 
+def test_key_patches_are_counted_against_the_grid_where_there_are_backgrounds(bench: Path, tmp_path: Path) -> None:  # noqa: F811
+    one = options(bench, tmp_path / "x", grid=1, ipc=1)  # n_key is 3
+    with pytest.raises(ConfigError, match=r"n_key=3: expected 0 to grid\^2 = 1"):
+        make_plan(load_config(**one))
+    assert make_plan(load_config(**{**one, "method": "random"})).composites == 3
+    assert make_plan(load_config(**{**one, "method": "whole"})).composites == 3
+
+
 # --- the user's own
 
 
