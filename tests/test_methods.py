@@ -389,5 +389,6 @@ def test_realism_and_whole_are_as_before() -> None:
 def test_random_crops_are_as_large_as_focusdd_s(crop: str) -> None:
     """Also where `crop=` makes those larger or of one size."""
     config, view = load_config(sources=["x"], crop=crop), view_of(1600, 600, "squash")
-    sides = {METHODS[name].crop(view, (1, 1), 14, config, "s").side for name in ("focusdd", "random", "ranked_crops")}
+    names = ("focusdd", "random", "random_as", "ranked_crops")
+    sides = {METHODS[name].crop(view, (1, 1), 14, config, "s").side for name in names}
     assert len(sides) == 1
