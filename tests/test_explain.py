@@ -112,6 +112,25 @@ def test_the_sources_of_a_composite(bench: Path, tmp_path: Path, capsys: pytest.
     assert "give the folder that the set was built from with sources=" in capsys.readouterr().err
 
 
+def test_what_another_method_cut_is_outlined(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made(bench, tmp_path / "set", method="random", seed=3)
+    item = next(iter(read_manifest(folder)))
+    out, selector = tmp_path / "out", f"selector={bench / 'vit.json'}"
+    assert run(folder, f"id={item.id}", selector, f"out={out}", "batch=4") == 0
+    assert capsys.readouterr().out.count("the set has ") == len(item.cells)
+    for i, cell in enumerate(item.cells):
+        assert cell.crop is not None
+        picture = bench / "sources" / cell.path
+        alone = tmp_path / f"alone{i}"
+        assert run(picture, selector, f"out={alone}", "batch=4") == 0
+        counts = []
+        for png in (out / f"{item.id}_{i}_{cell.kind}_{picture.stem}.png", alone / f"{picture.stem}.png"):
+            pixels = np.array(Image.open(png).convert("RGB")).astype(int)
+            counts.append(int((np.abs(pixels - (0xFF, 0x8A, 0)).max(axis=2) < 8).sum()))
+        assert counts[0] > 2 * cell.crop[2]  # four sides of it; a panel is 4 inches wide at 110 dots, the picture less
+        assert counts[1] < 20
+
+
 def test_the_heat_lies_where_the_attention_is() -> None:
     """One hot token of a 4 x 4 grid, in a picture of which the ViT saw the middle square."""
     heat = np.zeros((4, 4), np.float32)

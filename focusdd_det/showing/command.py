@@ -53,7 +53,8 @@ cell.
   count         at most so many pictures of the folders, spread evenly (default 0: all)
   config        a file of yours with some of the keys below
   id, sources   a composite of the set that is given in place of pictures, with the settings of the set; its sources are
-                looked for where it was built from, or in `sources`
+                looked for where it was built from, or in `sources`; what the set cut out of each is outlined in orange
+                (with other methods than focusdd that is another square than the blue one)
 
 The other keys are the build's own, with its defaults. Pictures go through the ViT in batches of `batch`, as in a build:
 batch=1 is quicker for a single picture, and may differ from a build in the last digit.
@@ -186,7 +187,8 @@ def _write(
         return str(error)
     if (width, height) != (found.view.width, found.view.height):
         return "its size differs between two readings"
-    png = draw(found, picture, names, job.place.name, note, config.alpha, config.image_size // config.grid)
+    cell = config.image_size // config.grid
+    png = draw(found, picture, names, job.place.name, note, config.alpha, cell, job.cut)
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,18 +12,19 @@ import numpy as np
 
 from focusdd_det.compose import cut, resize
 from focusdd_det.showing.explain import Explained, Finding
-from focusdd_det.types import Floats, Image
+from focusdd_det.types import Crop, Floats, Image
 from focusdd_det.windows import GCA_MASS
 
 MARK = "focusdd explain"  # stands in every picture that is written, so that no other one is ever overwritten
 _WIDTH, _SHOWN, _DPI = 4.0, 600, 110  # of a panel, inches; longer side of a picture in it, px; px an inch
-_ACCENT, _INK, _SOFT = "#00c2ff", "#1d1f24", "#8b9099"
+_ACCENT, _TAKEN, _INK, _SOFT = "#00c2ff", "#ff8a00", "#1d1f24", "#8b9099"
 _TALLEST = 1.6  # of a panel, in widths
 
 
 def draw(
-    found: Explained, picture: Image, names: Sequence[str], title: str, note: str, alpha: float, cell: int
-) -> bytes:
+    found: Explained, picture: Image, names: Sequence[str], title: str, note: str, alpha: float, cell: int,
+    taken: Crop | None = None,
+) -> bytes:  # fmt: skip
     """One PNG for one picture.
 
     Args:
@@ -33,6 +34,7 @@ def draw(
         title, note: the two lines at the top.
         alpha: weight of the share in S.
         cell: side of a composite's cell, px: the size that the key crop is shown at.
+        taken: the crop that a set took of the picture, px of it: outlined in orange beside the picture's own view.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,8 +52,11 @@ def draw(
     )  # fmt: skip
     scale = min(1.0, _SHOWN / max(height, width))
     small = resize(picture, max(1, round(width * scale)), max(1, round(height * scale)))
-    axes = _panel(figure, grid[0, 0], small, (width, height), f"{width} x {height} px")
+    below = "" if taken is None else f"in the set (orange): {taken.side} px at ({taken.x}, {taken.y})"
+    axes = _panel(figure, grid[0, 0], small, (width, height), f"{width} x {height} px", below)
     _outline_view(axes, found)
+    if taken is not None:
+        _rectangle(axes, taken.x, taken.y, taken.side, taken.side, _TAKEN, 2.5, "-")
     _bars(figure.add_subplot(grid[1, 0]), found, names)
     for column, finding in enumerate(found.findings, 1):
         over = overlay(small, finding.heat, found, (width, height))
