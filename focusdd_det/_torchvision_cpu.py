@@ -48,27 +48,11 @@ def ensure_torchvision() -> bool:
 
 def _nms(dets: Any, scores: Any, iou_threshold: float) -> Any:
     """Greedy non-maximum suppression: boxes [n, 4] as x1 y1 x2 y2, scores [n] -> kept indices, best first."""
+    import numpy as np
     import torch
 
+    from focusdd_det.labels import nms
+
     order = torch.argsort(scores, descending=True, stable=True)
-    boxes = dets[order].double()
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    alive = torch.ones(len(boxes), dtype=torch.bool)
-    kept = []
-    # One vectorised sweep per kept box: O(kept * n), the cost that matters is the number of objects, not of candidates.
-    position = 0
-    while position < len(boxes):
-        if not alive[position]:
-            remaining = torch.nonzero(alive[position:])
-            if not len(remaining):
-                break
-            position += int(remaining[0])
-        kept.append(position)
-        box = boxes[position]
-        left_top = torch.maximum(box[:2], boxes[position + 1 :, :2])
-        right_bottom = torch.minimum(box[2:], boxes[position + 1 :, 2:])
-        overlap = (right_bottom - left_top).clamp_(min=0).prod(dim=1)
-        iou = overlap / (area[position] + area[position + 1 :] - overlap)
-        alive[position + 1 :] &= ~(iou > iou_threshold)
-        position += 1
-    return order[torch.tensor(kept, dtype=torch.long)]
+    boxes = dets[order].double().cpu().numpy()
+    return order[torch.from_numpy(nms(boxes, np.zeros(len(boxes), np.int64), iou_threshold))]

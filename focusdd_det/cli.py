@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import logging
@@ -16,12 +15,20 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from focusdd_det import __version__
-from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, load, parse_tokens, wants_help
-from focusdd_det.errors import ConfigError, DiskError, FocusDDError, VerifyError
+from focusdd_det.config import (
+    BuildConfig,
+    ClassBuildConfig,
+    SetConfig,
+    describe,
+    load,
+    parse_tokens,
+    suggest,
+    wants_help,
+)
+from focusdd_det.errors import DISK_FULL, ConfigError, DiskError, FocusDDError, VerifyError
 
 log = logging.getLogger("focusdd")
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # wherever it strikes, this is a disk that is full
 Command = Callable[[Sequence[str]], "int | None"]
 
 USAGE = """focusdd: the smallest training set that still trains a good detector
@@ -101,7 +108,7 @@ def run_main(command: Command, argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `focusdd ... | head` is no error
         return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             print(f"error: {error}; free some space or fix the disk, then run the same command again", file=sys.stderr)
             return DiskError.exit_code
         traceback.print_exc()
@@ -276,8 +283,6 @@ def dispatch(argv: Sequence[str]) -> int | None:
     Raises:
         ConfigError: there is none of that name; FocusDDError: what the command raises.
     """
-    from focusdd_det.config import suggest
-
     if argv[0] not in COMMANDS:
         raise ConfigError(f"no command `{argv[0]}`{suggest(argv[0], list(COMMANDS))}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[argv[0]]

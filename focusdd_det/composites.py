@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from focusdd_det import detset
-from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, resize
+from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, middle_square, resize
 from focusdd_det.config import SetConfig
 from focusdd_det.detset import Cell, Item
 from focusdd_det.errors import DataError, FocusDDError, VerifyError
@@ -41,7 +41,7 @@ from focusdd_det.seeds import seed_of
 from focusdd_det.select import Proposal
 from focusdd_det.sources import Root, locate
 from focusdd_det.types import Crop, Detections, Image
-from focusdd_det.windows import middle_square, view_of
+from focusdd_det.windows import view_of
 
 log = logging.getLogger("focusdd")
 

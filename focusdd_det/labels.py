@@ -44,6 +44,31 @@ def carry(found: Detections, crop: Crop, cell: tuple[float, float, float], min_v
     return moved.keep((visible >= min_visible) & (_area(boxes) > 0))
 
 
+def nms(boxes: NDArray[np.float64], classes: NDArray[np.int64], iou: float) -> NDArray[np.int64]:
+    """Greedy non-maximum suppression within each class.
+
+    Args:
+        boxes: [n, 4] x1 y1 x2 y2, best first.
+        classes: [n].
+        iou: a box is dropped if it overlaps a kept one of its class by more than this.
+
+    Returns:
+        Positions of the kept boxes, ascending.
+    """
+    area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
+    alive = np.ones(len(boxes), bool)
+    for i in range(len(boxes)):
+        if not alive[i]:
+            continue
+        rest = i + 1 + np.flatnonzero(alive[i + 1 :] & (classes[i + 1 :] == classes[i]))
+        low = np.maximum(boxes[i, :2], boxes[rest, :2])
+        high = np.minimum(boxes[i, 2:], boxes[rest, 2:])
+        overlap = np.prod(np.maximum(high - low, 0), axis=1)
+        union = np.maximum(area[i] + area[rest] - overlap, 1e-12)
+        alive[rest[overlap / union > iou]] = False
+    return np.flatnonzero(alive)
+
+
 def join(parts: list[Detections], classes: int) -> Detections:
     """Detections of all cells as those of one composite, in the order given."""
     parts = [part for part in parts if len(part)]

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ONE2MANY, ONE2ONE = "one2many", "one2one"
+_EPS = 1e-7  # against division by an empty union
 
 
 class Supervision(NamedTuple):
@@ -80,7 +81,7 @@ def decode_boxes(boxes: Tensor, anchors: Tensor, reg_max: int) -> Tensor:
     return torch.cat((anchors - left_top, anchors + right_bottom), dim=1)
 
 
-def giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
+def giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised IoU of paired boxes (Rezatofighi et al. 2019, arXiv 1902.09630).
 
     Args:
@@ -95,7 +96,7 @@ def giou(a: Tensor, b: Tensor, eps: float = 1e-7) -> Tensor:
     outer = (torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])).clamp(min=0)
     overlap, hull = inner.prod(1), outer.prod(1)
     union = size_a.prod(1) + size_b.prod(1) - overlap
-    return (overlap + eps) / (union + eps) - (hull - union) / (hull + eps)
+    return (overlap + _EPS) / (union + _EPS) - (hull - union) / (hull + _EPS)
 
 
 def paired_head(teacher: Mapping[str, Any], branch: str | None) -> Mapping[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress_bar(total: int, what: str) -> Any:
+def progress_bar(total: int, what: str, unit: str = "img") -> Any:
     """A tqdm bar with rate and estimate; `update(n)` moves it."""
     seconds = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(total=total, desc=what, unit="img", smoothing=0.05, mininterval=seconds, maxinterval=2 * seconds)
+    return tqdm(total=total, desc=what, unit=unit, smoothing=0.05, mininterval=seconds, maxinterval=2 * seconds)

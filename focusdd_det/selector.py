@@ -227,7 +227,7 @@ def load_selector(
         raise WeightsError(f"selector={name}: {'; '.join(problems)}. See Backbone in focusdd_det/backbones")
     dtype = DTYPES[precision]
     target = torch.device(device)
-    digest = file_sha256(Path(weights)) if weights else _state_digest(model)
+    digest = file_sha256(Path(weights)) if weights else state_digest(model)
     mean, std = tuple(spec.get("mean") or backbone.mean), tuple(spec.get("std") or backbone.std)
     spec_content = json.dumps([*backbone.identity(name, view), classes, mean, std], default=str)
     return Selector(
@@ -402,10 +402,11 @@ def _load_state(backbone: Backbone, model: nn.Module, state: dict[str, Tensor], 
         raise WeightsError(f"{path} holds values that are not finite; the file is damaged")
 
 
-def _state_digest(model: nn.Module) -> str:
+def state_digest(module: nn.Module) -> str:
+    """sha256 over the names and bytes of all weights: what stands for weights that lie in no file."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ from ultralytics.utils.tal import make_anchors
 
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import ConfigError, WeightsError
+from focusdd_det.labels import nms
 from focusdd_det.losses import ONE2MANY, ONE2ONE, decode_boxes
 from focusdd_det.types import Detections, Image
 
@@ -420,31 +421,6 @@ def _select_boxes(
         best[order].astype(np.float32),
         scores[order].astype(np.float32),
     )
-
-
-def nms(boxes: NDArray[np.float64], classes: NDArray[np.int64], iou: float) -> NDArray[np.int64]:
-    """Greedy non-maximum suppression within each class.
-
-    Args:
-        boxes: [n, 4] x1 y1 x2 y2, best first.
-        classes: [n].
-        iou: a box is dropped if it overlaps a kept one of its class by more than this.
-
-    Returns:
-        Positions of the kept boxes, ascending.
-    """
-    area = np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)
-    alive = np.ones(len(boxes), bool)
-    for i in range(len(boxes)):
-        if not alive[i]:
-            continue
-        rest = i + 1 + np.flatnonzero(alive[i + 1 :] & (classes[i + 1 :] == classes[i]))
-        low = np.maximum(boxes[i, :2], boxes[rest, :2])
-        high = np.minimum(boxes[i, 2:], boxes[rest, 2:])
-        overlap = np.prod(np.maximum(high - low, 0), axis=1)
-        union = np.maximum(area[i] + area[rest] - overlap, 1e-12)
-        alive[rest[overlap / union > iou]] = False
-    return np.flatnonzero(alive)
 
 
 def load_detector(

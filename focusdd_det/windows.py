@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from focusdd_det.compose import middle_square as middle_square  # part of this module's geometry; torch is not
 from focusdd_det.types import Crop, View, round_half_up
 
 GCA_MASS = 1.0 - 0.99**9  # 0.0865: the sum of LF-ViT's unnormalised attention over its 9 blocks

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import save_detector, tiny_yaml
 
-from focusdd_det.bench.command import USAGE, bench_command, part_module
+from focusdd_det.bench.command import USAGE, bench_command
 from focusdd_det.bench.options import PARTS, BenchOptions, Request
-from focusdd_det.bench.timing import Ratio, compare, quantile, ratio, together
+from focusdd_det.bench.timing import Ratio, compare, ratio, together
 from focusdd_det.bench.train import ratios
 from focusdd_det.cli import run_main
 from focusdd_det.config import load, parse_tokens
@@ -84,10 +84,8 @@ def test_a_ratio_is_paired_by_round() -> None:
             ratio(a, b)
 
 
-def test_sums_and_quantiles() -> None:
+def test_sums() -> None:
     assert together([1.0, 2.0], [10.0, 20.0]) == [11.0, 22.0]
-    assert [quantile([3.0, 1.0, 2.0], q) for q in (0, 0.25, 0.5, 1)] == [1.0, 1.5, 2.0, 3.0]
-    assert quantile([7.0], 0.9) == 7.0
 
 
 # ---- options ----
@@ -159,11 +157,6 @@ def test_help_and_unknown_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert "parts=train" in capsys.readouterr().out
     assert run_main(bench_command, ["round=3"]) == 2
     assert "did you mean rounds" in capsys.readouterr().err
-
-
-def test_a_part_that_is_not_there() -> None:
-    assert part_module("train") is not None
-    assert part_module("nothing_of_this_name") is None
 
 
 def test_ratios_of_training_steps() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from focusdd_det.classify.loss import mixed_cross_entropy, soft_cross_entropy, soft_cross_entropy_topk
-from focusdd_det.classify.store import mass_by_k, top_k
+from focusdd_det.classify.store import shares_by_k, top_k
 
 LN2, LN3 = math.log(2), math.log(3)
 
@@ -86,10 +86,10 @@ def test_topk_has_finite_gradients_and_pulls_towards_the_bucket() -> None:
     torch.testing.assert_close(student.grad, torch.tensor([[-1 / 8, 1 / 24, 1 / 24, 1 / 24]]), rtol=1e-3, atol=1e-4)
 
 
-def test_mass_by_hand() -> None:
+def test_shares_by_hand() -> None:
     # softmax = (4, 2, 1, 1) / 8: the top 1, 2, 3, 4 hold 4/8, 6/8, 7/8, 1
-    mass = mass_by_k(torch.tensor([[0.0, 4 * LN2, 0.0, 2 * LN2]]), 2.0)
-    assert mass == pytest.approx([0.5, 0.75, 0.875, 1.0])
+    shares = shares_by_k(torch.tensor([[0.0, 4 * LN2, 0.0, 2 * LN2]]), 2.0)
+    assert shares[0] == pytest.approx([0.5, 0.75, 0.875, 1.0])
 
 
 def test_mixed_cross_entropy_by_hand() -> None:

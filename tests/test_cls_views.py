@@ -12,8 +12,9 @@ import torch
 from class_data import write_class_folders, write_class_set
 from torch.utils.data import DataLoader
 
+from focusdd_det.ahead import ahead
 from focusdd_det.classify.classset import ClassSet, read_class_set
-from focusdd_det.classify.views import EvalDataset, Pictures, ViewDataset, ViewSettings, ahead, draw, render, share
+from focusdd_det.classify.views import EvalDataset, Pictures, ViewDataset, ViewSettings, draw, render, share
 from focusdd_det.errors import ConfigError, DataError
 from focusdd_det.training.replay import EpochSampler
 

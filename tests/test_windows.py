@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from focusdd_det.compose import middle_square
 from focusdd_det.types import Crop, View
-from focusdd_det.windows import best_windows, key_crop, middle_square, realism, view_of, window_side
+from focusdd_det.windows import best_windows, key_crop, realism, view_of, window_side
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from focusdd_det.compose import middle_square
 from focusdd_det.methods import METHODS, register
 from focusdd_det.types import Crop, View
-from focusdd_det.windows import middle_square
 
 RandomCrops: Any = type(METHODS["random"])
 FocusDD: Any = type(METHODS["focusdd"])

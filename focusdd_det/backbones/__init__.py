@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from focusdd_det.backbones.rows import ClassTokenRows
 from focusdd_det.errors import ConfigError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(ABC):
@@ -39,8 +38,8 @@ class Backbone(ABC):
     view: int = 224
     patch: int = 16
     prefix: int = 1
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
     classes: Sequence[str] | None = None
 
     @abstractmethod

@@ -7,9 +7,10 @@ from typing import Any
 
 import timm
 from huggingface_hub import try_to_load_from_cache
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from focusdd_det.backbones import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from focusdd_det.backbones import Backbone
 from focusdd_det.backbones.rows import ClassTokenRows
 
 
@@ -27,8 +28,8 @@ class TimmViT(Backbone):
         self.pretrained = pretrained
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         self.view = int(self.kwargs.get("img_size", config.input_size[-1] if config is not None else 224))
-        self.mean = tuple(config.mean) if config is not None else IMAGENET_MEAN
-        self.std = tuple(config.std) if config is not None else IMAGENET_STD
+        self.mean = tuple(config.mean) if config is not None else IMAGENET_DEFAULT_MEAN
+        self.std = tuple(config.std) if config is not None else IMAGENET_DEFAULT_STD
         hub = config.hf_hub_id if config is not None else None
         found = try_to_load_from_cache(hub, "model.safetensors") if hub else None
         self.cached = found if isinstance(found, str) else None

@@ -24,9 +24,9 @@ from PIL import Image as PILImage
 
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.bench.pictures import Bench, prepare
-from focusdd_det.bench.timing import compare, quantile, ratio, together
+from focusdd_det.bench.timing import compare, ratio, together
 from focusdd_det.build import _columns, build
-from focusdd_det.compose import assemble, cut, encode_jpeg
+from focusdd_det.compose import assemble, cut, encode_jpeg, middle_square
 from focusdd_det.detset import write_atomic
 from focusdd_det.devices import device_of
 from focusdd_det.layouts import Layout
@@ -45,7 +45,7 @@ from focusdd_det.selector import Selector, in_precision, load_selector, precisio
 from focusdd_det.sources import Located
 from focusdd_det.teacher import load_detector
 from focusdd_det.types import Image
-from focusdd_det.windows import best_windows, middle_square, realism, window_side
+from focusdd_det.windows import best_windows, realism, window_side
 
 FLOOR_TARGET, GPU_TARGET = 1.15, 1.25  # DESIGN section 6
 LOOP_TARGET, GPU_LOOP_TARGET = 1.7, 3.0
@@ -99,7 +99,7 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         ratios[f"{LOOP} / scoring, {auto} then fp32"] = ratio(
             seconds[LOOP], seconds[f"scoring, {auto} then fp32"]
         )._asdict()
-        agreement[f"{auto} then fp32"] = _agreement(slow.reference(), screened, plan)
+        agreement[f"{auto} then fp32"] = _agreement(slow.reference(), screened)
     slow.score()
     if screened:
         screened.summary["same"] = screened.same_as(slow)
@@ -119,7 +119,7 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
         "seconds": seconds,
         "ratios": ratios,
         "remembered_ms": remembered,
-        "agreement": {**{p: _agreement(slow.reference(), scene, plan) for p, scene in scenes.items()}, **agreement},
+        "agreement": {**{p: _agreement(slow.reference(), scene) for p, scene in scenes.items()}, **agreement},
         "screening": screened.summary if screened else None,
         "whole_build_seconds": whole.seconds,
         "whole_build": {"ipc": bench.config.ipc, "classes": len(plan.groups), "sources": plan.sources},
@@ -158,7 +158,7 @@ def table(result: Mapping[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, times in result["seconds"].items():
-        middle, low, high = (quantile(times, q) / n * 1e3 for q in (0.5, 0.1, 0.9))
+        middle, low, high = np.quantile(times, (0.5, 0.1, 0.9)) / n * 1e3
         lines.append(f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {1e3 / middle:.0f} |")
     for name, value in result["remembered_ms"].items():
         lines.append(f"| scoring again, {name} | {value:.3f} | {1e3 / value:.0f} |")
@@ -441,7 +441,7 @@ class _Timer:
 
     def means(self) -> dict[str, float]:
         """Milliseconds; the median, because whatever else the machine does only adds."""
-        return {name: quantile(times, 0.5) * 1e3 for name, times in self.seconds.items()}
+        return {name: float(np.median(times)) * 1e3 for name, times in self.seconds.items()}
 
 
 def _decoded(located: Located, view: int) -> None:
@@ -466,7 +466,7 @@ def _as_scores(found: Mapping[bytes, tuple[float, float, tuple[int, int]]]) -> _
     return _Scores(sha, p, share, [found[s][2] for s in sha])
 
 
-def _agreement(reference: _Scores, scene: _Scene, plan: Plan) -> dict[str, float]:
+def _agreement(reference: _Scores, scene: _Scene) -> dict[str, float]:
     """How far a scoring is from the straightforward loop, and whether it chooses the same key sources."""
     mine = scene.scores()
     place = {sha: i for i, sha in enumerate(reference.sha)}

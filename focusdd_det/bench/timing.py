@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 LOW, HIGH = 0.1, 0.9  # of the rounds' ratios: the spread that is printed
 
 
@@ -82,24 +84,10 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """
     if len(a) != len(b) or not a or min(b) <= 0:
         raise ValueError(f"expected as many times above 0 of both, got {len(a)} and {len(b)}")
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-    return Ratio(quantile(ratios, 0.5), quantile(ratios, LOW), quantile(ratios, HIGH))
+    ratios = [x / y for x, y in zip(a, b, strict=True)]
+    return Ratio(*(float(q) for q in np.quantile(ratios, (0.5, LOW, HIGH))))
 
 
 def together(*cases: Sequence[float]) -> list[float]:
     """The times of several cases added up, round by round."""
     return [sum(times) for times in zip(*cases, strict=True)]
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile of some values, between two of them in proportion.
-
-    Args:
-        values: at least one, in any order.
-        q: in [0, 1].
-    """
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

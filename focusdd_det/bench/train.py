@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -20,9 +21,10 @@ from ultralytics.utils import LOGGER
 
 from focusdd_det import detset
 from focusdd_det.bench.options import BenchOptions
-from focusdd_det.bench.timing import Ratio, compare, quantile, ratio, together
+from focusdd_det.bench.timing import Ratio, compare, ratio, together
+from focusdd_det.compose import encode_jpeg
 from focusdd_det.demo.scenes import plan_many, render
-from focusdd_det.demo.write import encode_jpeg, yolo_labels
+from focusdd_det.demo.write import QUALITY, yolo_labels
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.losses import ONE2MANY
 from focusdd_det.progress import progress_bar
@@ -115,7 +117,7 @@ def table(result: Mapping[str, Any]) -> str:
         "|---|---|---|---|" + ("---|" if result["peak_gpu_bytes"] else ""),
     ]
     for name, times in result["seconds"].items():
-        middle, low, high = (quantile(times, q) for q in (0.5, 0.1, 0.9))
+        middle, low, high = np.quantile(times, (0.5, 0.1, 0.9))
         hours = math.ceil(COMPOSITES / batch) * EPOCHS * middle / 3600
         spread = f"{middle * 1e3:.0f} ({low * 1e3:.0f} to {high * 1e3:.0f})"
         row = f"| {name} | {spread} | {batch / middle:.1f} | {hours:.2f} |"
@@ -316,7 +318,7 @@ def draw_set(folder: Path, names: list[str], count: int, side: int) -> Path:
         picture = render(plan_many(f"bench/{index}", (max(64, side * 3 // 4), max(64, side))))
         rows = [row.split(" ", 1) for row in yolo_labels(picture).splitlines()]
         labels = "".join(f"{int(number) % len(names)} {rest}\n" for number, rest in rows)
-        files = {"images": encode_jpeg(picture.image), "labels": labels.encode(), "soft": b""}
+        files = {"images": encode_jpeg(picture.image, QUALITY), "labels": labels.encode(), "soft": b""}
         hashes = {part: hashlib.sha256(content).hexdigest() for part, content in files.items()}
         item = detset.Item(f"drawn-{index:05d}", names[0], 0, names[0], index, index, index, (), len(rows), hashes)
         for part, content in files.items():

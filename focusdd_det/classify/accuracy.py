@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from focusdd_det.ahead import ahead
 from focusdd_det.classify.classset import ClassSet
-from focusdd_det.classify.views import EvalDataset, ahead
+from focusdd_det.classify.views import EvalDataset
 from focusdd_det.errors import WeightsError
 
 

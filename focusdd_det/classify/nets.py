@@ -16,6 +16,7 @@ from typing import Any, Literal
 import timm
 import torch
 from safetensors.torch import save as save_tensors
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from focusdd_det.config import suggest
@@ -25,7 +26,6 @@ from focusdd_det.selector import read_state, unsafe_kwargs
 
 TORCHVISION = ("resnet18", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0")
 _TORCHVISION_HEAD = {"resnet": "fc", "mobilenet_v2": "classifier.1", "efficientnet": "classifier.1"}
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_CLASSES = 1000
 _SPEC_KEYS = ("arch", "library", "kwargs", "classes", "size", "mean", "std", "weights")
 
@@ -238,15 +238,12 @@ def net_of_spec(spec: Spec, classes: int | None = None, size: int | None = None)
     return Net(net.module, spec.mean or net.mean, spec.std or net.std, net.library, net.arch, net.kwargs)
 
 
-def load_weights(net: Net, path: Path, head: bool = True) -> dict[str, Tensor]:
+def load_weights(net: Net, path: Path, head: bool = True) -> None:
     """Put the weights of a file into a network; position embeddings of another picture size are resampled.
 
     Args:
         path: .safetensors, or .pth read without running code.
         head: False leaves the last layer as it is (another number of classes).
-
-    Returns:
-        The tensors that were read.
 
     Raises:
         WeightsError: not such a file, tensors that do not fit, values that are not finite.
@@ -272,7 +269,6 @@ def load_weights(net: Net, path: Path, head: bool = True) -> dict[str, Tensor]:
             f"{path} does not fit {net.library}'s {net.arch}: missing {missing[:4]}{'...' if len(missing) > 4 else ''},"
             f" unexpected {unexpected[:4]}{'...' if len(unexpected) > 4 else ''}"
         )
-    return state
 
 
 def head_keys(net: Net) -> tuple[str, ...]:
@@ -333,7 +329,7 @@ def _torchvision(arch: str, classes: int, kwargs: dict[str, Any], download: bool
     except Exception as error:
         what = "its weights cannot be fetched" if download else "torchvision cannot build it"
         raise WeightsError(f"{arch}: {what} ({error})") from error
-    net = Net(first, _IMAGENET_MEAN, _IMAGENET_STD, "torchvision", arch, kwargs)
+    net = Net(first, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "torchvision", arch, kwargs)
     if download and not pretrained:
         prefix = head_keys(net)[0].removesuffix(".")
         parent, _, last = prefix.rpartition(".")

@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focusdd_det import detset, sealed
+from focusdd_det.ahead import ahead
 from focusdd_det.classify import store as logit_store
 from focusdd_det.classify.accuracy import Accuracy, accuracy
 from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
-from focusdd_det.classify.views import Row, ViewDataset, ViewSettings, ahead
+from focusdd_det.classify.views import Row, ViewDataset, ViewSettings
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError

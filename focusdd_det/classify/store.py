@@ -299,11 +299,6 @@ def shares_by_k(logits: Tensor, temperature: float) -> NDArray[np.float64]:
     return np.asarray(p.cumsum(dim=1).cpu().numpy(), np.float64)
 
 
-def mass_by_k(logits: Tensor, temperature: float) -> NDArray[np.float64]:
-    """[C] float64: the mean share of softmax(t/T) that the k + 1 largest logits hold."""
-    return np.asarray(shares_by_k(logits, temperature).mean(axis=0), np.float64)
-
-
 def _whole(value: object, least: int | None = None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 

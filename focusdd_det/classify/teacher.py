@@ -29,7 +29,7 @@ from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import read_yaml
 from focusdd_det.detset import file_sha256
 from focusdd_det.errors import FocusDDError, WeightsError
-from focusdd_det.selector import read_state
+from focusdd_det.selector import read_state, state_digest
 from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 
 log = logging.getLogger("focusdd")
@@ -188,7 +188,7 @@ def _by_name(name: str, weights: str | None, size: int, download: bool) -> _Load
                 '{"arch": ..., "library": ..., "kwargs": {}, "classes": [names in order], "weights": ...}'
             )
         load_weights(net, Path(weights))
-    digest = file_sha256(weights) if weights is not None else _state_digest(net.module)
+    digest = file_sha256(weights) if weights is not None else state_digest(net.module)
     return Classifier(net, classes), classes, digest, _described(net)
 
 
@@ -246,13 +246,6 @@ def _ultralytics_imagenet() -> tuple[str, ...]:
     """The English names, two of them twice, that the 1,000 synsets have in Ultralytics' own checkpoints."""
     names = read_yaml(Path(ultralytics.__file__).parent / "cfg" / "datasets" / "ImageNet.yaml")["names"]
     return tuple(str(names[i]) for i in range(len(names)))
-
-
-def _state_digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _shown(names: Sequence[str]) -> str:

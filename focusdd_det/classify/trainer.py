@@ -57,7 +57,6 @@ SHIPPED = "train_cls.yaml"
 STRIDE = 32
 ON_TRAINING = "on the pictures it was trained on: not a measure of quality"
 PREFIX = colorstr("focusdd: ")
-TOP1, TOP5 = "metrics/accuracy_top1", "metrics/accuracy_top5"
 MOVABLE = ("teacher", "teacher_weights", "store", "eval_data")  # own options that a resumed run may be given anew
 CHANGEABLE = ("device", "workers", "plots", "save_period", "verbose", "val")  # Ultralytics' that it may
 OF_THE_CALL = ("model", "data", "mode", "task", "resume", "pretrained", "save_dir", "cfg", "multi_scale")

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -373,19 +371,3 @@ def middle(picture: Image, size: int) -> Image:
     resized = resize(picture, max(short, round(width * scale)), max(short, round(height * scale)))
     y, x = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
     return np.ascontiguousarray(resized[y : y + size, x : x + size])
-
-
-def ahead(items: Iterable[In], work: Callable[[In], Out], workers: int, depth: int) -> Iterator[Out]:
-    """`work` of each item in threads, in order, never more than `depth` ahead of the consumer: memory stays flat."""
-    stream = iter(items)
-    pending: deque[Future[Out]] = deque()
-    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
-        try:
-            pending.extend(pool.submit(work, item) for item in islice(stream, max(1, depth)))
-            while pending:
-                done = pending.popleft()
-                pending.extend(pool.submit(work, item) for item in islice(stream, 1))
-                yield done.result()
-        finally:
-            for future in pending:
-                future.cancel()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from focusdd_det.demo.objects import CLASSES, CLUTTER, OBJECTS, draw, pick_color
 from focusdd_det.types import Floats, Image
 
+SIDES = (160, 320)  # smallest and largest side of a picture of one object, px
 _VISIBLE = 0.3  # a pixel belongs to an object when at least this much of it is the object's
 _HIDDEN = 0.3  # an object of which less than this share can be seen is not annotated
 
@@ -202,17 +203,16 @@ def _clutter(rng: np.random.Generator, width: int, height: int, count: int, key:
 POOR = ("tiny", "hidden", "cut", "faint")
 
 
-def plan_single(key: str, kind: str, poor: str | None = None, sides: tuple[int, int] = (160, 320)) -> Scene:
+def plan_single(key: str, kind: str, poor: str | None = None) -> Scene:
     """Plan a picture of one object among clutter, as a source.
 
     Args:
         key: seeds everything.
         kind: the object, a name of OBJECTS.
         poor: None or one of POOR: `tiny`, `hidden` (behind clutter), `cut` (at the border), `faint`.
-        sides: smallest and largest side of the picture in pixels.
     """
     rng = seeded(key, "plan")
-    width, height = (int(v) for v in rng.integers(sides[0], sides[1] + 1, 2))
+    width, height = (int(v) for v in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     size = float(np.sqrt(rng.uniform(0.24, 0.64) * width * height))
     size = min(size, 0.9 * min(width, height))
     if poor == "tiny":
@@ -239,10 +239,9 @@ def plan_many(key: str, sides: tuple[int, int] = (192, 256)) -> Scene:
 
     Args:
         key: seeds everything.
-        sides: smallest and largest side of the picture in pixels.
     """
     rng = seeded(key, "plan")
-    width, height = (int(v) for v in rng.integers(sides[0], sides[1] + 1, 2))
+    width, height = (int(v) for v in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     items = _clutter(rng, width, height, int(rng.integers(1, 6)), key)
     placed: list[tuple[float, float, float]] = []
     for i in range(int(rng.integers(1, 6))):

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from focusdd_det.backbones.rows import ClassTokenRows
+from focusdd_det.compose import encode_jpeg
 from focusdd_det.demo.objects import CLASSES
 from focusdd_det.demo.scenes import POOR, Picture, plan_many, plan_single, render, seeded
-from focusdd_det.demo.write import encode_jpeg, write_val, yolo_labels
+from focusdd_det.demo.write import QUALITY, write_val, yolo_labels
 
 HERE = Path(__file__).resolve().parent
 VIEW = 56  # px; with patches of 8 px the token grid is 7 x 7, as in the paper
@@ -139,7 +140,7 @@ def _tokens_in(boxes: Tensor, grid: int) -> Tensor:
     return (in_y[:, :, None] & in_x[:, None, :]).flatten(1)
 
 
-def train_vit(singles: list[Picture], steps: int, seed: int = 0) -> nn.Module:
+def train_vit(singles: list[Picture], steps: int) -> nn.Module:
     """Train the selector on single-object pictures.
 
     Beside the class, the patch tokens learn what they lie on, and the class token to look at the object: without that
@@ -152,7 +153,7 @@ def train_vit(singles: list[Picture], steps: int, seed: int = 0) -> nn.Module:
     Returns:
         The ViT, in eval mode.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     views, boxes = (torch.stack(parts) for parts in zip(*(_squash(p, STORED) for p in singles), strict=True))
     labels, unseen = torch.arange(len(singles)) % len(CLASSES), unseen_views(200)
     model = timm.create_model(ARCH, num_classes=len(CLASSES), **KWARGS)
@@ -222,7 +223,7 @@ def _write_yolo(folder: Path, pictures: list[Picture]) -> None:
     for name in ("images/train", "labels/train"):
         (folder / name).mkdir(parents=True)
     for index, picture in enumerate(pictures):
-        (folder / f"images/train/{index:05d}.jpg").write_bytes(encode_jpeg(picture.image))
+        (folder / f"images/train/{index:05d}.jpg").write_bytes(encode_jpeg(picture.image, QUALITY))
         (folder / f"labels/train/{index:05d}.txt").write_text(yolo_labels(picture), encoding="utf-8")
 
 

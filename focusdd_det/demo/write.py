@@ -6,24 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import yaml
 
+from focusdd_det.compose import encode_jpeg
 from focusdd_det.demo.objects import CLASSES
 from focusdd_det.demo.scenes import POOR, Picture, plan_many, plan_single, render, seeded
-from focusdd_det.types import Image
 
 # Gaps on purpose, as in COCO's own ids: a program that takes positions for ids fails on this set.
 CATEGORY_IDS: tuple[int, ...] = (1, 3, 4, 8, 13, 17, 44, 90)
+QUALITY = 92  # of the JPEGs
 _POOR_SHARE = 0.35  # of the sources; photographs from the web are no better
-
-
-def encode_jpeg(image: Image, quality: int = 92) -> bytes:
-    """JPEG bytes of a uint8 RGB picture [H, W, 3]."""
-    ok, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not ok:
-        raise RuntimeError("OpenCV could not encode a drawn picture as JPEG")
-    return bytes(data)
 
 
 def yolo_labels(picture: Picture) -> str:
@@ -54,7 +46,7 @@ def write_sources(out: Path, per_class: int, seed: int = 0) -> int:
             key = f"{seed}/source/{kind}/{index}"
             rng = seeded(key, "poor")
             poor = POOR[int(rng.integers(len(POOR)))] if rng.random() < _POOR_SHARE else None
-            (folder / f"{index:03d}.jpg").write_bytes(encode_jpeg(render(plan_single(key, kind, poor)).image))
+            (folder / f"{index:03d}.jpg").write_bytes(encode_jpeg(render(plan_single(key, kind, poor)).image, QUALITY))
     return per_class * len(CLASSES)
 
 
@@ -80,7 +72,7 @@ def write_val(out: Path, count: int, seed: int | str = 0) -> Path:
         picture = render(plan_many(f"{seed}/val/{index}"))
         height, width = picture.image.shape[:2]
         stem = f"{index + 1:06d}"
-        (out / f"images/val/{stem}.jpg").write_bytes(encode_jpeg(picture.image))
+        (out / f"images/val/{stem}.jpg").write_bytes(encode_jpeg(picture.image, QUALITY))
         images.append({"id": index + 1, "file_name": f"{stem}.jpg", "width": width, "height": height})
         (out / f"labels/val/{stem}.txt").write_text(yolo_labels(picture), encoding="utf-8")
         for (x1, y1, x2, y2), cls, area in zip(

@@ -58,7 +58,7 @@ def experiment_command(argv: Sequence[str]) -> int:
     needs = {**variables(files[0]), **variables(files[0], small=True)}
     texts = {f"build.{key}": hint for kind in BUILDS for key, hint in get_type_hints(kind).items()}
     texts |= {key.replace("_", "-"): hint for key, hint in texts.items()}
-    found = parse_tokens(_bare(words[1:]), {**texts, **dict.fromkeys(needs, str), **OPTIONS}, {})
+    found = parse_tokens(words[1:], {**texts, **dict.fromkeys(needs, str), **OPTIONS}, {})
     given = {key.replace("-", "_"): value for key, value in found.items()}  # train.close-mosaic
     flags = {key: _flag(given, key) for key in ("small", "dry_run", "table")}
     parallel = given.pop("parallel", 1)
@@ -132,11 +132,6 @@ def _about(name: str) -> str:
         lines.append("needs, small variant:" if small else "needs:")
         lines += [f"  {key}=...  {told}" for key, told in needs.items()]
     return "\n".join(lines)
-
-
-def _bare(words: Sequence[str]) -> list[str]:
-    """`--small assets=x`: a flag never takes the word after it, unless it is true or false."""
-    return [f"{w}=true" if w in ("--small", "--dry-run", "--dry_run", "--table") else w for w in words]
 
 
 def _flag(given: dict[str, Any], key: str) -> bool:

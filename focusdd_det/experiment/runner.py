@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import yaml
 
@@ -62,7 +62,7 @@ def run(experiment: Experiment, out: Path, parallel: int = 1) -> int:
         cells = [_Cell(arm, seed) for seed in experiment.seeds for arm in experiment.arms]
         running: dict[str, _Running] = {}
         failures: dict[str, tuple[int, str]] = {}
-        with _bar(len(cells)) as bar, _stopped_at_the_end(running):
+        with progress_bar(len(cells), "arms and seeds", unit="run") as bar, _stopped_at_the_end(running):
             while True:
                 for cell in cells:
                     _advance(work, cell, running, failures, parallel)
@@ -102,9 +102,7 @@ def opened(experiment: Experiment, out: Path) -> Iterator[None]:
 
 def _description(experiment: Experiment) -> str:
     plain = {
-        key: value
-        for key, value in experiment.__dict__.items()
-        if key not in ("arms", "paper", "needs") and value is not None
+        key: value for key, value in experiment.__dict__.items() if key not in ("arms", "paper") and value is not None
     }
     plain["seeds"] = list(experiment.seeds)
     plain["arms"] = {arm.name: dict(arm.overrides) for arm in experiment.arms}
@@ -244,13 +242,3 @@ def _stopped_at_the_end(running: dict[str, _Running]) -> Iterator[None]:
                 one.process.kill()
                 one.process.wait()
             _close(one)
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    bar = progress_bar(total, "arms and seeds")
-    bar.unit = "run"
-    try:
-        yield bar
-    finally:
-        bar.close()

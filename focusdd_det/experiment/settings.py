@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from focusdd_det.classify.options import leaves_one_over, not_for_classifiers
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, cfg_dir, load, read_yaml
@@ -18,7 +18,6 @@ from focusdd_det.experiment.spec import TRAIN_FILES, Experiment
 DISTILL = "distill_model"  # value of `supervision` that means Ultralytics' own feature distillation
 SHARES = ("warmup_epochs", "close_mosaic", "every")  # of the training; `10%` of a run's epochs
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)%")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ def build_settings(experiment: Experiment, arm: Arm, seed: int) -> dict[str, Any
     return {**experiment.section("build", arm), "seed": seed}
 
 
-def build_config(experiment: Experiment, arm: Arm, seed: int, out: str = "set") -> SetConfig:
+def build_config(experiment: Experiment, arm: Arm, seed: int) -> SetConfig:
     """The same with every default, validated.
 
     Raises:
         ConfigError: unknown keys, wrong values.
     """
-    values = {**build_settings(experiment, arm, seed), "out": out}
+    values = {**build_settings(experiment, arm, seed), "out": "set"}
     if experiment.task == "detect":
         return load(BuildConfig, "build_det.yaml", values, section=f"arm `{arm.name}`: build")
     return load(ClassBuildConfig, "build_cls.yaml", values, section=f"arm `{arm.name}`: build")

@@ -64,7 +64,6 @@ class Experiment:
         name: of the file, with `-small` for the small variant.
         title, about: for people.
         task: what is built and trained.
-        needs: variable -> what it must be.
         build, targets, relabel, train, eval: what every arm has; targets and relabel only where they are used.
         iterations: training steps of every arm; None: `train.epochs`.
         seeds: each decides the build and the training.
@@ -80,7 +79,6 @@ class Experiment:
     title: str
     about: str
     task: Task
-    needs: Mapping[str, str]
     build: Mapping[str, Any]
     targets: Mapping[str, Any] | None
     relabel: Mapping[str, Any] | None
@@ -366,7 +364,6 @@ def _validated(path: Path, name: str, content: Mapping[str, Any]) -> Experiment:
         title=str(content.get("title") or name),
         about=str(content.get("about") or "").strip(),
         task=task,
-        needs={str(k): str(v) for k, v in (content.get("needs") or {}).items()},
         build=dict(content.get("build") or {}),
         targets=None if content.get("targets") is None else dict(content["targets"]),
         relabel=None if content.get("relabel") is None else dict(content["relabel"]),

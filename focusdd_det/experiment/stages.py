@@ -54,7 +54,6 @@ from focusdd_det.teacher import resolve_weights
 from focusdd_det.training.traindata import load_yolo_data, resolve_data
 from focusdd_det.tree import entries_below
 
-KINDS = ("build", "targets", "relabel", "train", "distill", "eval")
 PLACES = ("sets", "stores", "runs", "evals", "scores", "stages")
 # Of the training and the evaluation: where and how fast, not what.
 TRAIN_MACHINE = ("device", "workers", "plots", "verbose", "save_period", "cache", "download")
@@ -71,7 +70,7 @@ class Stage:
     """One command that has a result of its own.
 
     Attributes:
-        kind: one of KINDS.
+        kind: build, targets, relabel, train, distill or eval.
         key: hash of what determines the result.
         output: the folder or file that it makes.
         argv: of the `focusdd` command; `{config}` stands for the file with `config`.

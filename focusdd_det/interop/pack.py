@@ -29,11 +29,11 @@ from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.interop.finished import open_set
 from focusdd_det.interop.folders import new_folder, refuse_existing, require_space
 from focusdd_det.interop.tar import BLOCK, RECORD, header, next_member, padding, unsafe
+from focusdd_det.sealed import DESCRIPTION, SEAL
 from focusdd_det.showing.gallery import NAME as GALLERY
 from focusdd_det.showing.gallery import write_gallery
 
 SUMS, TOP = "SHA256SUMS", "set/"
-DESCRIPTION, SEAL = "store.json", "COMPLETE"  # of a store, as in sealed.py, which takes long to import
 _CHUNK = 1 << 20
 _MOST_SUMS = 256 << 20  # bytes; two million files
 _TAIL = 1 << 20  # bytes after the end of an archive

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from focusdd_det import detset
+from focusdd_det.ahead import ahead
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
 from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
 from focusdd_det.devices import device_of
@@ -335,17 +336,14 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
 
 
 def _look_at_all(config: AuditConfig, jobs: Sequence[Job], detector: Any, names: Sequence[str], file: Path) -> None:
-    from focusdd_det.classify.views import ahead
-
     content = json.dumps([_VERSION, detector.sha256, list(names), config.imgsz, _IOU, _FLOOR, config.max_pixels])
     signature = hashlib.sha256(content.encode()).hexdigest()[:16]
     known = read_looks(file, signature)
     if known:
         log.info("%s: %d pictures were looked at before", file, len(known))
     drawn = ((job, located) for job in jobs for located in job.pictures)
-    bar = progress_bar(sum(len(job.pictures) for job in jobs), "audit")
     waiting: list[_Read] = []
-    try:
+    with progress_bar(sum(len(job.pictures) for job in jobs), "audit") as bar:
         for one in ahead(drawn, lambda pair: _read(*pair, known, config), config.workers, 2 * config.batch):
             if one.pixels is not None:
                 waiting.append(one)
@@ -359,8 +357,6 @@ def _look_at_all(config: AuditConfig, jobs: Sequence[Job], detector: Any, names:
                 one.job.tally.add(one.known or {}, config.conf)
             bar.update(1)
         bar.update(_look(config, waiting, detector, names, file, signature))
-    finally:
-        bar.close()
 
 
 def _read(job: Job, located: Located, known: Mapping[str, Any], config: AuditConfig) -> _Read:

@@ -7,12 +7,13 @@ import math
 
 import numpy as np
 
+from focusdd_det.compose import middle_square
 from focusdd_det.config import SetConfig
 from focusdd_det.methods.base import Base, monotone, shuffled
 from focusdd_det.seeds import uniform
 from focusdd_det.select import Candidates, Order, ranked
 from focusdd_det.types import Crop, View, round_half_up
-from focusdd_det.windows import key_crop, middle_square, window_side
+from focusdd_det.windows import key_crop, window_side
 
 REALISM_LEAST = 0.08  # least area of a crop, as a share of the largest
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing.connection import Connection, Pipe, wait
@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from focusdd_det.ahead import ahead
 from focusdd_det.config import SetConfig
 from focusdd_det.errors import FocusDDError
 from focusdd_det.scoring.glance import Glance, Known, Whole, glance
@@ -83,20 +84,7 @@ def in_threads(
     Raises:
         FocusDDError: `work` raised; names the source.
     """
-    pending: deque[tuple[Located, Future[Glance | str]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for item in islice(items, depth):
-                pending.append((item, pool.submit(work, item)))
-            while pending:
-                item, future = pending.popleft()
-                following = next(items, None)
-                if following is not None:
-                    pending.append((following, pool.submit(work, following)))
-                yield item, _outcome(item, future)
-        finally:
-            for _, future in pending:
-                future.cancel()
+    return ahead(items, lambda item: (item, _looked(item, work)), workers, depth)
 
 
 def in_turns(
@@ -109,18 +97,18 @@ def in_turns(
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         while chunk := list(islice(items, size)):
-            futures = [pool.submit(work, item) for item in chunk]
+            futures = [pool.submit(_looked, item, work) for item in chunk]
             try:
-                outcomes = [_outcome(item, future) for item, future in zip(chunk, futures, strict=True)]
+                outcomes = [future.result() for future in futures]
             finally:
                 for future in futures:
                     future.cancel()
             yield from zip(chunk, outcomes, strict=True)
 
 
-def _outcome(item: Located, future: Future[Glance | str]) -> Glance | str:
+def _looked(item: Located, work: Callable[[Located], Glance | str]) -> Glance | str:
     try:
-        return future.result()
+        return work(item)
     except Exception as error:
         raise _failed(item, f"{type(error).__name__}: {error}") from error
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focusdd_det import detset
-from focusdd_det.classify.views import ahead
+from focusdd_det.ahead import ahead
 from focusdd_det.compose import resize
 from focusdd_det.config import read_yaml
 from focusdd_det.detset import Item
@@ -120,8 +120,7 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
     seen: list[_Seen] = []
     features: list[NDArray[np.float32]] = []
     used: Counter[str] = Counter()
-    bar = progress_bar(total, name)
-    try:
+    with progress_bar(total, name) as bar:
         items = detset.read_manifest(folder)
         stream = ahead(items, lambda item: _look(folder, item, len(names), vit), workers, 4 * workers + _BATCH)
         for batch in _batches(stream, _BATCH):
@@ -131,8 +130,6 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
                 used.update(one.sources)
             seen += [replace(one, sources=(), view=None) for one in batch]
             bar.update(len(batch))
-    finally:
-        bar.close()
     boxed = [one for one in seen if task == "detect"]
     rows = np.concatenate([one.rows for one in boxed]) if boxed else np.zeros((0, 5))
     sides = np.repeat([float(one.side) for one in boxed], [len(one.rows) for one in boxed])

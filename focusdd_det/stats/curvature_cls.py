@@ -93,13 +93,10 @@ class _Ordered(torch.nn.Module):
 
 def _batches(data: ClassSet, size: int, batch: int, device: str) -> Iterator[tuple[Batch, float]]:
     pictures = Pictures(data, budget=0)
-    bar = progress_bar(len(data), "Hessian")
-    try:
+    with progress_bar(len(data), "Hessian") as bar:
         for start in range(0, len(data), batch):
             indices = range(start, min(start + batch, len(data)))
             pixels = torch.stack([torch.from_numpy(resize(pictures[i], size, size)).permute(2, 0, 1) for i in indices])
             classes = torch.from_numpy(data.classes[start : start + batch])
             yield (pixels.to(device).float() / 255, classes.to(device)), len(indices) / len(data)
             bar.update(len(indices))
-    finally:
-        bar.close()

@@ -95,8 +95,7 @@ def _pictures(
     folder: Path, items: Sequence[Item], classes: Sequence[int], size: int, device: str
 ) -> Iterator[tuple[dict[str, Tensor], float]]:
     """Each composite as a batch of one, with its share of the mean."""
-    bar = progress_bar(len(items), "Hessian")
-    try:
+    with progress_bar(len(items), "Hessian") as bar:
         for item in items:
             image = part_path(folder, "images", item)
             try:
@@ -115,5 +114,3 @@ def _pictures(
                 1 / len(items),
             )
             bar.update(1)
-    finally:
-        bar.close()

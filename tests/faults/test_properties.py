@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focusdd_det.build import load_config
+from focusdd_det.compose import middle_square
 from focusdd_det.config import BuildConfig, as_plain, parse_tokens, parse_yaml
 from focusdd_det.detset import PARTS, Cell, Item
 from focusdd_det.errors import ConfigError, FocusDDError
 from focusdd_det.labels import carry, drop_repeats, drop_slivers, join, parse_rows, rows
 from focusdd_det.types import Crop, Detections
-from focusdd_det.windows import best_windows, key_crop, middle_square, square_at, view_of, window_side
+from focusdd_det.windows import best_windows, key_crop, square_at, view_of, window_side
 
 several = settings(max_examples=60, deadline=None, derandomize=True)
 SIZE = 640
