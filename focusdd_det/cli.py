@@ -186,7 +186,8 @@ def sheet_command(argv: Sequence[str]) -> int:
     options = parse_tokens(argv[1:], hints, {})
     if set(options) - set(hints):
         raise ConfigError(f"sheet: unknown option {sorted(set(options) - set(hints))}; expected out, count, columns")
-    from focusdd_det.detset import read_data_yaml, read_manifest, write_atomic
+    from focusdd_det.detset import read_data_yaml, read_manifest
+    from focusdd_det.files import write_atomic
     from focusdd_det.report import contact_sheet
     from focusdd_det.scoring.decode import BadImage
 

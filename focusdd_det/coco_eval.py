@@ -26,10 +26,11 @@ from ultralytics.data.build import build_dataloader
 from ultralytics.data.utils import IMG_FORMATS, exif_size
 from ultralytics.utils import DEFAULT_CFG, LOGGER, TQDM, nms, ops
 
-from focusdd_det.detset import file_sha256, write_atomic
+from focusdd_det.checkpoints import safe_checkpoint
 from focusdd_det.errors import ConfigError, DataError, WeightsError
-from focusdd_det.teacher import STRIDE, safe_checkpoint
-from focusdd_det.training.replay import CleanDataset, refuse_cut_jpegs
+from focusdd_det.files import file_sha256, write_atomic
+from focusdd_det.teacher import STRIDE
+from focusdd_det.training.clean_data import CleanDataset, refuse_cut_jpegs
 
 EVALUATOR = "pycocotools"
 # name -> (precision or recall, IoU or None for 0.50:0.95, area, detections per picture): COCO's twelve numbers.

@@ -11,9 +11,6 @@ gallery.html        every composite on one page, outside the hashes; so is conta
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import math
 import os
@@ -29,11 +26,11 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from focusdd_det.config import parse_yaml
-from focusdd_det.errors import ConfigError, DiskError, VerifyError
+from focusdd_det.errors import DiskError, VerifyError
+from focusdd_det.files import append_lines, is_folder_name, sha256, write_atomic
 from focusdd_det.labels import parse_rows
 from focusdd_det.types import Detections
 
-INCOMPLETE = ".incomplete"
 HASHED = ("manifest.jsonl", "data.yaml", "build.yaml", "README.md")  # what COMPLETE vouches for
 WORKING = (".lock", "scores.sqlite")  # of a set that is being built
 FREE = ("build.log.json", "COMPLETE", "quarantine.jsonl", "contact_sheet.jpg", "gallery.html")
@@ -146,25 +143,6 @@ class Item:
         return item
 
 
-def sha256(data: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file of any size."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_folder_name(name: str) -> bool:
-    """Whether a class can have a folder of its own name: one step down, and visible."""
-    return not name.startswith(".") and not set(name) & set("/\\\0") and bool(name.strip())
-
-
 def part_path(folder: Path, part: str, item: Item) -> Path:
     """Where a part (images, labels, soft) of an item lies in a set."""
     return folder / _place(part, item)
@@ -174,30 +152,6 @@ def _place(part: str, item: Item) -> str:
     if "labels" in item.sha256:
         return f"{part}/train/{item.id}{PARTS[part]}"
     return f"train/{item.class_name}/{item.id}{PARTS[part]}"
-
-
-def write_atomic(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """A file that is there whole or not at all. `data` may come piece by piece; it must raise no OSError of its own.
-
-    Raises:
-        DiskError: full disk, no permission; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise DiskError(
-            f"cannot write {path}: {error.strerror}; free some space or fix the permission, then run the same command "
-            "again: it goes on where it stopped"
-        ) from error
 
 
 def write_part(folder: Path, part: str, item: Item, data: bytes) -> None:
@@ -267,25 +221,7 @@ def append(folder: Path, item: Item) -> None:
     Raises:
         DiskError: full disk, no permission.
     """
-    path = folder / "manifest.jsonl"
-    try:
-        with path.open("a+b") as file:
-            # A line that a killed build left cut short must not swallow this one.
-            if file.tell() and not _ends_line(path):
-                file.write(b"\n")
-            file.write(item.line().encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
-        ) from error
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+    append_lines(folder / "manifest.jsonl", item.line().encode())
 
 
 def sweep(folder: Path, items: Iterable[Item], aside: Path) -> None:
@@ -514,30 +450,6 @@ def _seal_text(table: dict[str, str]) -> str:
     return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer at a time. The lock dies with its process, so that there are no stale ones.
-
-    Raises:
-        DiskError: another process is building here.
-    """
-    path = folder / ".lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise DiskError(f"cannot write in {folder}: {error.strerror}; choose another `out`") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DiskError(
-                f"{folder} is being written by another build; wait for it, or choose another `out`"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def remove_ours(folder: Path) -> None:
     """Delete a set of ours (`overwrite`), build.yaml last: what is left of a removal that was cut off is still ours.
 
@@ -556,16 +468,3 @@ def remove_ours(folder: Path) -> None:
         folder.rmdir()
     except OSError as error:
         raise DiskError(f"cannot remove {folder}: {error}; remove it yourself") from error
-
-
-def refuse_overlap(out: Path, roots: Iterable[Path]) -> None:
-    """No output equal to, inside or around a source.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    target = out.resolve()
-    for root in roots:
-        source = root.resolve()
-        if target == source or source in target.parents or target in source.parents:
-            raise ConfigError(f"out={out} and the source {root} lie in each other; choose an `out` elsewhere")

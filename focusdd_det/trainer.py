@@ -25,15 +25,17 @@ from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval
+from focusdd_det.checkpoints import resolve_weights, safe_ultralytics
 from focusdd_det.config import without_keys
-from focusdd_det.detset import file_sha256, write_atomic
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
-from focusdd_det.teacher import Detector, load_detector, resolve_weights, safe_ultralytics
+from focusdd_det.files import file_sha256, write_atomic
+from focusdd_det.teacher import Detector, load_detector
 from focusdd_det.training import exact_resume
 from focusdd_det.training.aside import Aside, Begun
+from focusdd_det.training.clean_data import CleanDataset
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check, warn_if_slow
-from focusdd_det.training.replay import CleanDataset, Pool, ReplayDataset, replay_loader, rewind
+from focusdd_det.training.replay import Pool, ReplayDataset, replay_loader, rewind
 from focusdd_det.training.run_files import (
     WholePath,
     checkpoint_argument,

@@ -15,13 +15,14 @@ import torch
 from pycocotools.coco import COCO
 
 import focusdd_det.demo
+from focusdd_det.checkpoints import safe_read
 from focusdd_det.demo.objects import CLASSES, OBJECTS
 from focusdd_det.demo.run import DemoFailed, claim, gather, judge, parse
 from focusdd_det.demo.scenes import POOR, Picture, plan_many, plan_single, render
 from focusdd_det.demo.write import CATEGORY_IDS, write_sources, write_val
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.selector import load_selector
-from focusdd_det.teacher import load_detector, safe_read
+from focusdd_det.teacher import load_detector
 from focusdd_det.types import Floats
 
 DEMO = Path(focusdd_det.demo.__file__).parent

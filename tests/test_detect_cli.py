@@ -169,7 +169,7 @@ def test_tools_are_thin() -> None:
 def test_every_key_of_ultralytics_in_both_spellings() -> None:
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    from focusdd_det.training.command import parse
+    from focusdd_det.training.arguments import parse
 
     for key, default in DEFAULT_CFG_DICT.items():
         value = "False" if isinstance(default, bool) else "0.5"

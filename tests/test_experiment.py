@@ -678,8 +678,8 @@ def test_a_killed_experiment_goes_on_and_runs_nothing_twice(bench: Path, tmp_pat
 def test_stock_distillation_trains_from_the_same_start(bench: Path, tmp_path: Path) -> None:
     from ultralytics.nn.distill_model import DistillationModel
 
+    from focusdd_det.checkpoints import safe_checkpoint
     from focusdd_det.detset import verify
-    from focusdd_det.teacher import safe_checkpoint
     from focusdd_det.trainer import FocusDDTrainer
 
     arms = {"vary": {"train.supervision": ["both", "distill_model"]}}

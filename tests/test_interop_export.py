@@ -119,7 +119,8 @@ def test_a_composite_without_boxes_is_an_image_without_annotations(tmp_path: Pat
     folder = det_set(tmp_path / "set", count=1)
     from dataclasses import replace
 
-    from focusdd_det.detset import sha256, soft_bytes
+    from focusdd_det.detset import soft_bytes
+    from focusdd_det.files import sha256
     from focusdd_det.types import Detections
 
     item = next(read_manifest(folder))

@@ -50,7 +50,7 @@ def boxed_set(folder: Path, count: int = 6, seed: int = 0, copies: bool = False)
             for s in (range(4) if again else range(4 * i, 4 * i + 4))
         )
         name = NAMES[i % 2]  # nothing is made for the third class
-        hashes = {part: detset.sha256(data) for part, data in files.items()}
+        hashes = {part: files.sha256(data) for part, data in files.items()}
         item = detset.Item(f"{name}-{i:04d}", name, i % 2, name, i, i, i, cells, n, hashes)
         for part, data in files.items():
             detset.part_path(folder, part, item).write_bytes(data)

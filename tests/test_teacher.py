@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import NAMES, draw, save_detector
 
+from focusdd_det.checkpoints import resolve_weights, safe_checkpoint, safe_ultralytics
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.labels import nms
-from focusdd_det.teacher import load_detector, resolve_weights, safe_checkpoint, safe_ultralytics
+from focusdd_det.teacher import load_detector
 
 
 class Bomb:

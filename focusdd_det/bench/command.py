@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 from focusdd_det.bench.options import PARTS, Request
 from focusdd_det.config import describe, load, parse_tokens, wants_help
 from focusdd_det.demo.quiet import keep_quiet
-from focusdd_det.detset import write_atomic
 from focusdd_det.errors import DiskError
+from focusdd_det.files import write_atomic
 
 SHIPPED = "bench.yaml"
 USAGE = """Measure a build and a training step beside their floor, in one run, and print ratios with their spread.

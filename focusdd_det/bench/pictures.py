@@ -138,7 +138,7 @@ def _teacher(options: BenchOptions, work: Path) -> tuple[Path, list[str], list[s
         WeightsError: it cannot be found, read or made.
     """
     from focusdd_det.bench.train import FRESH, teacher_file
-    from focusdd_det.teacher import safe_checkpoint
+    from focusdd_det.checkpoints import safe_checkpoint
 
     file = teacher_file(options, work)
     names = list(safe_checkpoint(file).names.values())

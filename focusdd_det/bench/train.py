@@ -22,13 +22,14 @@ from ultralytics.utils import LOGGER
 from focusdd_det import detset
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.bench.timing import Ratio, compare, ratio, together
+from focusdd_det.checkpoints import resolve_weights, safe_checkpoint, safe_ultralytics
 from focusdd_det.compose import encode_jpeg
 from focusdd_det.demo.scenes import plan_many, render
 from focusdd_det.demo.write import QUALITY, yolo_labels
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.losses import ONE2MANY
 from focusdd_det.progress import progress_bar
-from focusdd_det.teacher import load_detector, resolve_weights, safe_checkpoint, safe_ultralytics
+from focusdd_det.teacher import load_detector
 from focusdd_det.trainer import FocusDDTrainer, add_stored_heads
 from focusdd_det.training.precision import local_amp_check
 from focusdd_det.training.store_targets import load_config, store_targets

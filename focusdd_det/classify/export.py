@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from focusdd_det.config import parse_tokens, suggest, wants_help
-from focusdd_det.detset import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError
+from focusdd_det.files import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.progress import progress_bar
 
 USAGE = """Write a data set as class folders: <out>/<class>/<number>.<ending>

@@ -11,6 +11,7 @@ from ultralytics.nn.tasks import ClassificationModel, guess_model_task, yaml_mod
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_model_file_from_stem
 
+from focusdd_det.checkpoints import resolve_weights, safe_read, safe_ultralytics
 from focusdd_det.classify.nets import (
     Classifier,
     Net,
@@ -28,7 +29,6 @@ from focusdd_det.config import cfg_dir
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.seeds import seed_of
 from focusdd_det.selector import read_state
-from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 from focusdd_det.training.replay import seeded
 
 OWN_WEIGHTS = "imagenet"  # weights=imagenet: those that the library publishes

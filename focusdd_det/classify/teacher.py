@@ -16,6 +16,7 @@ import ultralytics
 from torch import Tensor, nn
 from ultralytics.nn.tasks import ClassificationModel
 
+from focusdd_det.checkpoints import resolve_weights, safe_read, safe_ultralytics
 from focusdd_det.classify.nets import (
     Classifier,
     Net,
@@ -27,10 +28,9 @@ from focusdd_det.classify.nets import (
 )
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import read_yaml
-from focusdd_det.detset import file_sha256
 from focusdd_det.errors import FocusDDError, WeightsError
+from focusdd_det.files import file_sha256
 from focusdd_det.selector import read_state, state_digest
-from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 
 log = logging.getLogger("focusdd")
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ultralytics.utils import DEFAULT_CFG_DICT
-
 from focusdd_det.classify.options import Options
 from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
-from focusdd_det.training.command import TRAIN_EXTRA, check_stock, listed, parse, run_to_end, with_recipe
+from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe
+from focusdd_det.training.run_guard import run_to_end
 
 SHIPPED = "train_cls.yaml"
 
@@ -59,7 +58,7 @@ def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str
     Raises:
         ConfigError: unknown keys (with suggestions) or wrong values.
     """
-    given = parse(argv, {**_keys(), **extra})
+    given = parse(argv, {**train_keys(Options.keys()), **extra})
     own = {key: given.pop(key) for key in extra if key in given}
     overrides = train_overrides(given)
     if not overrides.get("resume"):
@@ -70,7 +69,7 @@ def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str
 
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Shipped YAML, then `cfg=`, then the command line; a resumed run only takes what was given."""
-    asked = with_recipe(given, _keys())
+    asked = with_recipe(given, train_keys(Options.keys()))
     return asked if asked.get("resume") else {**read_yaml(cfg_dir() / SHIPPED), **asked}
 
 
@@ -101,7 +100,3 @@ def plan(overrides: Mapping[str, Any]) -> str:
     ours = {key: value for key, value in dataclasses.asdict(options).items() if key not in told}
     stock = {k: v for k, v in overrides.items() if k not in (*Options.keys(), "model", "data") and v is not None}
     return "\n".join([*lines, f"training      {listed(ours)}", f"ultralytics   {listed(stock)}"])
-
-
-def _keys() -> dict[str, Any]:
-    return {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}

@@ -273,7 +273,7 @@ def train_yolo(pictures: list[Picture], epochs: int, folder: Path) -> Path:
 
 def strip(trained: Path, target: Path) -> None:
     """Write a trained checkpoint as a stock fp16 one: no optimizer, no EMA, no path of the machine it was made on."""
-    from focusdd_det.teacher import safe_checkpoint
+    from focusdd_det.checkpoints import safe_checkpoint
 
     model: Any = safe_checkpoint(trained).half()
     for parameter in model.parameters():

@@ -47,7 +47,7 @@ def _run(file: Path) -> int:
 
             raise VerifyError(f"the training ended, but {stage['output']} holds no finished one; see its log above")
         if code == 0 and stage["kind"] not in ("build", "eval"):
-            from focusdd_det.detset import write_atomic
+            from focusdd_det.files import write_atomic
 
             told = {"seconds": round(time.monotonic() - began, 1), "argv": stage["argv"]}
             write_atomic(Path(stage["marker"]), (json.dumps(told) + "\n").encode())
@@ -90,8 +90,8 @@ def state_of(run: Path, command: str) -> str:
         if (run / "accuracy.json").is_file():
             return "finished"
         return "resume" if (last.parent / TENSORS).is_file() else "new"
+    from focusdd_det.checkpoints import safe_read
     from focusdd_det.errors import WeightsError
-    from focusdd_det.teacher import safe_read
 
     try:
         checkpoint = safe_read(last)

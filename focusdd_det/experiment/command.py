@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from focusdd_det.config import BuildConfig, ClassBuildConfig, parse_tokens, read_yaml, suggest
-from focusdd_det.detset import write_atomic
 from focusdd_det.errors import ConfigError, DataError, FocusDDError
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
+from focusdd_det.files import write_atomic
 
 USAGE = """A grid of builds, trainings and evaluations, ending in one table with mean, spread and seeds, and a plot.
 

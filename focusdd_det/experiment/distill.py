@@ -19,12 +19,12 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
+from focusdd_det.checkpoints import safe_ultralytics
 from focusdd_det.config import read_yaml, suggest
 from focusdd_det.errors import ConfigError
-from focusdd_det.teacher import safe_ultralytics
-from focusdd_det.training.command import check_stock
+from focusdd_det.training.arguments import check_stock
+from focusdd_det.training.clean_data import CleanDataset
 from focusdd_det.training.precision import bf16_on_cpu, check_precision, local_amp_check
-from focusdd_det.training.replay import CleanDataset
 from focusdd_det.training.run_files import WholePath, checkpoint_argument, model_argument, strip
 from focusdd_det.training.start import start_argument, start_backbone
 from focusdd_det.training.supervision import PRECISIONS, Options

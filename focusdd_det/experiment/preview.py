@@ -121,7 +121,7 @@ def _weights(model: str, task: str) -> int:
         if task == "detect":
             from ultralytics.nn.tasks import DetectionModel
 
-            from focusdd_det.teacher import safe_checkpoint, safe_ultralytics
+            from focusdd_det.checkpoints import safe_checkpoint, safe_ultralytics
             from focusdd_det.training.run_files import model_argument
 
             name = model_argument(model, False)

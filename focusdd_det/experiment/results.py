@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from focusdd_det.errors import DiskError, VerifyError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.spec import Experiment
+from focusdd_det.files import append_lines
 
 FILE = "results.jsonl"
 
@@ -82,24 +82,12 @@ def measured(task: str, content: Mapping[str, Any]) -> tuple[dict[str, float], d
 
 
 def append(out: Path, record: Mapping[str, Any]) -> None:
-    """One line more, in one write, on the disk before it returns. A line that a kill cut short is ended first.
+    """One line more, on the disk before it returns.
 
     Raises:
         DiskError: full disk, no permission.
     """
-    path = out / FILE
-    line = (json.dumps(record, ensure_ascii=True, sort_keys=True) + "\n").encode()
-    try:
-        with path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            os.write(file.fileno(), line)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise DiskError(
-            f"cannot write {path}: {error.strerror}; free some space and run the same command again"
-        ) from error
+    append_lines(out / FILE, (json.dumps(record, ensure_ascii=True, sort_keys=True) + "\n").encode())
 
 
 def result_record(result: Result) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import IO
 
 import yaml
 
-from focusdd_det import detset
+from focusdd_det import files
 from focusdd_det.devices import processors
 from focusdd_det.errors import DiskError, FocusDDError
 from focusdd_det.experiment import results
@@ -90,9 +90,9 @@ def opened(experiment: Experiment, out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
-    with detset.locked(out):
+    with files.locked(out):
         try:
-            detset.write_atomic(out / MARK, _description(experiment).encode())
+            files.write_atomic(out / MARK, _description(experiment).encode())
             for name in PLACES:
                 (out / name).mkdir(exist_ok=True)
         except OSError as error:

@@ -191,15 +191,16 @@ def _check_arm(experiment: Experiment, arm: Arm, seed: int) -> None:
 
 
 def _check_detect(experiment: Experiment, arm: Arm, seed: int, train: dict[str, Any]) -> None:
-    from ultralytics.utils import DEFAULT_CFG_DICT
 
-    from focusdd_det.training.command import TRAIN_EXTRA, check_stock, refuse_unknown
+    from focusdd_det.training.arguments import check_stock, refuse_unknown, train_keys
+    from focusdd_det.training.command import VAL_DEFAULTS
     from focusdd_det.training.precision import check_precision
     from focusdd_det.training.store_targets import load_config
     from focusdd_det.training.supervision import Options
 
-    refuse_unknown(train, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}, "train: ")
-    refuse_unknown(experiment.section("eval", arm), dict.fromkeys(EVAL_KEYS), "eval: ")
+    refuse_unknown(train, train_keys(Options.keys()), "train: ")
+    eval_keys = {key: None for key in VAL_DEFAULTS if key not in ("model", "set", "out")}
+    refuse_unknown(experiment.section("eval", arm), eval_keys, "eval: ")
     if train["supervision"] == DISTILL:
         from focusdd_det.experiment.distill import check_distill
 
@@ -228,9 +229,9 @@ def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str
 
     from focusdd_det.classify.options import Options
     from focusdd_det.classify.relabel import load_config
-    from focusdd_det.training.command import TRAIN_EXTRA, check_stock, refuse_unknown
+    from focusdd_det.training.arguments import check_stock, refuse_unknown, train_keys
 
-    refuse_unknown(train, {**DEFAULT_CFG_DICT, **TRAIN_EXTRA, **dict.fromkeys(Options.keys())}, "train: ")
+    refuse_unknown(train, train_keys(Options.keys()), "train: ")
     refuse_unknown(experiment.section("eval", arm), {"data": None}, "eval: ")
     if uses_store(experiment, train):
         load_config(**{**relabel_settings(experiment, arm, seed, train), "data": "set", "out": "store"})
@@ -241,12 +242,6 @@ def _check_classify(experiment: Experiment, arm: Arm, seed: int, train: dict[str
     check_stock(train, "classify")
     if problems := not_for_classifiers(train, DEFAULT_CFG_DICT):
         raise ConfigError("train: " + "; ".join(problems))
-
-
-EVAL_KEYS = (
-    "annotations", "images", "data", "covered", "subset", "imgsz", "batch", "conf", "iou", "max_det", "device",
-    "end2end", "download",
-)  # fmt: skip
 
 
 def existing(value: Any) -> Path | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from focusdd_det.config import parse_tokens, suggest, wants_help
-from focusdd_det.detset import part_path, refuse_overlap, write_atomic
+from focusdd_det.detset import part_path
 from focusdd_det.errors import ConfigError, VerifyError
+from focusdd_det.files import refuse_overlap, write_atomic
 from focusdd_det.interop.finished import FinishedSet, open_set
 from focusdd_det.interop.folders import refuse_existing, require_space
 from focusdd_det.progress import progress_bar

@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
-from focusdd_det import detset
+from focusdd_det import detset, files
 from focusdd_det.ahead import ahead
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
 from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
+from focusdd_det.files import append_lines
 from focusdd_det.maps.suggestions import (
     Change,
     Tally,
@@ -186,7 +187,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     for entry in config.sources:
         places.append(_place(entry, class_map, {place.root.name for place in places}))
     out = Path(config.out)
-    detset.refuse_overlap(out, [place.root.path for place in places])
+    files.refuse_overlap(out, [place.root.path for place in places])
     for above in (out.resolve(), *out.resolve().parents):
         if detset.is_ours(above):
             raise ConfigError(f"out={out} lies in the set {above}, which is sealed by its hashes; choose another `out`")
@@ -315,7 +316,7 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
-    with detset.locked(out):
+    with files.locked(out):
         _look_at_all(config, jobs, detector, class_map.names, out / LOOKS)
         tallies = [job.tally for job in jobs]
         wanted = changes(tallies, config.found_share, config.add_share, config.least)
@@ -325,11 +326,11 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
             f"folder, seed {config.seed}. Found: a box with a score above {config.conf:g} at {config.imgsz} px."
         ]
         text = report(tallies, wanted, head, config.found_share)
-        detset.write_atomic(out / "audit.md", text.encode())
-        detset.write_atomic(out / "audit.json", _json(config, detector.sha256, tallies, wanted))
+        files.write_atomic(out / "audit.md", text.encode())
+        files.write_atomic(out / "audit.json", _json(config, detector.sha256, tallies, wanted))
         maps = suggestion_files(config, places, wanted, class_map)
         for name, data in maps.items():
-            detset.write_atomic(out / name, data)
+            files.write_atomic(out / name, data)
     print(text)
     print(f"{out}: audit.md, audit.json, {', '.join(maps)}")
     return wanted
@@ -367,7 +368,7 @@ def _read(job: Job, located: Located, known: Mapping[str, Any], config: AuditCon
         return _Read(job, "", bad=located.problem)
     try:
         data = located.read()
-        digest = detset.sha256(data)
+        digest = files.sha256(data)
         if digest in known:
             return _Read(job, digest, known=known[digest])
         picture = decode(data, config.imgsz, config.max_pixels)[0]
@@ -390,14 +391,7 @@ def _look(
         json.dumps({"signature": signature, "picture": one.sha256, "found": boxes}, sort_keys=True) + "\n"
         for one, boxes in zip(waiting, found, strict=True)
     ]
-    try:
-        with file.open("a+b") as stream_:
-            if stream_.tell():  # a line that was cut short by a kill must not swallow this one
-                stream_.seek(-1, os.SEEK_END)
-                lines[:0] = [] if stream_.read(1) == b"\n" else ["\n"]
-            stream_.write("".join(lines).encode())
-    except OSError as error:
-        raise DiskError(f"cannot write {file}: {error.strerror}; free some space, then run the same command") from error
+    append_lines(file, "".join(lines).encode())
     for one, boxes in zip(waiting, found, strict=True):
         one.job.tally.add(boxes, config.conf)
     return len(waiting)

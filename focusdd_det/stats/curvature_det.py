@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 
+from focusdd_det.checkpoints import safe_checkpoint, safe_read
 from focusdd_det.compose import resize
 from focusdd_det.detset import Item, part_path, read_data_yaml, read_manifest
 from focusdd_det.errors import VerifyError, WeightsError
@@ -24,7 +25,7 @@ from focusdd_det.progress import progress_bar
 from focusdd_det.scoring.decode import BadImage, decode
 from focusdd_det.stats.curvature import Sharpness
 from focusdd_det.stats.hessian import hessian_trace
-from focusdd_det.teacher import STRIDE, safe_checkpoint, safe_read
+from focusdd_det.teacher import STRIDE
 
 LOSS = "detection loss on the set's boxes"
 _GAINS = ("box", "cls", "dfl")

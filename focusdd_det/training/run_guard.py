@@ -8,7 +8,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from focusdd_det.errors import DISK_FULL, DataError, DiskError, FocusDDError
+from ultralytics.utils import LOGGER
+
+from focusdd_det.errors import DISK_FULL, DataError, DiskError, FocusDDError, Interrupted
 
 
 @contextlib.contextmanager
@@ -53,3 +55,23 @@ def _go_on(trainer: Any) -> str:
     if Path(trainer.last).is_file():
         return f"When that is mended, go on with resume={trainer.last}"
     return "No epoch was finished: when that is mended, give the same command again"
+
+
+def run_to_end(trainer: Any, tool: str) -> int:
+    """Train, and name the run folder.
+
+    Args:
+        trainer: of Ultralytics' kind.
+        tool: the script that goes on with a stopped training.
+
+    Raises:
+        Interrupted: stopped by the user, with the command that goes on.
+    """
+    try:
+        trainer.train()
+    except KeyboardInterrupt as error:
+        last = Path(trainer.last)
+        again = f"python tools/{tool} resume={last}" if last.is_file() else "the same command"
+        raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
+    LOGGER.info(f"run folder: {trainer.save_dir}")
+    return 0

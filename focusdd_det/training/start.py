@@ -15,8 +15,8 @@ from torch import nn
 from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils import LOGGER
 
+from focusdd_det.checkpoints import resolve_weights, safe_read, safe_ultralytics
 from focusdd_det.errors import ConfigError, WeightsError
-from focusdd_det.teacher import resolve_weights, safe_read, safe_ultralytics
 from focusdd_det.training.run_files import model_argument
 
 LEAST = 2 / 3  # of a backbone's layers that have to fit; a classifier of YOLO11 has 9 of 11, of YOLOv8 at least 7 of 10

@@ -27,13 +27,13 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import select_device
 
-from focusdd_det import detset, sealed
+from focusdd_det import files, sealed
 from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.teacher import Detector, load_detector
-from focusdd_det.training.command import check_stock
+from focusdd_det.training.arguments import check_stock
 from focusdd_det.training.replay import Pool, ReplayDataset
 from focusdd_det.training.sparse_heads import SparseHeads, thin
 from focusdd_det.training.targets import (
@@ -230,8 +230,8 @@ class _Job:
             raise DataError(f"data={config.data} is not a distilled set, which is told from another by its manifest")
         data = load_yolo_data(self.source.yaml, "train")
         self.names = [str(data["names"][i]) for i in range(len(data["names"]))]
-        for target in (self.out(), self.out().with_name(self.out().name + detset.INCOMPLETE)):
-            detset.refuse_overlap(target, [self.source.folder])
+        for target in (self.out(), self.out().with_name(self.out().name + files.INCOMPLETE)):
+            files.refuse_overlap(target, [self.source.folder])
         self.device = select_device("" if config.device is None else str(config.device), verbose=False)
         self.teacher: Detector = load_detector(str(config.teacher), self.device, self.names, config.download)
         if self.teacher.end2end or self.teacher.reg_max == 1:
