@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def imagenet_synsets() -> tuple[str, ...]:
     from timm.data import ImageNetInfo
 
     return tuple(ImageNetInfo("imagenet-1k").label_names())
+
+
+@lru_cache(maxsize=1)
+def lemmas() -> dict[str, str]:
+    """WordNet id -> its names in English, from timm's own table; empty if it has none (found without importing timm)."""
+    spec = find_spec("timm")
+    for place in (spec and spec.submodule_search_locations) or ():
+        table = Path(place) / "data" / "_info" / "imagenet_synset_to_lemma.txt"
+        if table.is_file():
+            rows = (line.split("\t") for line in table.read_text(encoding="utf-8").splitlines())
+            return {row[0]: row[1] for row in rows if len(row) == 2}
+    return {}
 
 
 def find_map(name: str) -> Path:

@@ -12,19 +12,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from focusdd_det import __version__
-from focusdd_det.config import (
-    BuildConfig,
-    ClassBuildConfig,
-    SetConfig,
-    describe,
-    load,
-    parse_tokens,
-    suggest,
-    wants_help,
-)
+from focusdd_det.commandline import command_config, read_options, wants_help
+from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, suggest
 from focusdd_det.errors import DISK_FULL, ConfigError, DiskError, FocusDDError, VerifyError
 
 log = logging.getLogger("focusdd")
@@ -132,20 +123,15 @@ def _build(argv: Sequence[str], kind: type[SetConfig], shipped: str, usage: str)
     if wants_help(argv):
         print(usage + "\n" + describe(shipped))
         return 0
-    hints = get_type_hints(kind)
-    extra = {"dry_run": bool, "resume": bool, "config": str}
-    overrides = parse_tokens(argv, {**hints, **extra}, {"source": "sources", "class": "classes"})
-    dry_run, resume = (_flag(overrides, key) for key in ("dry_run", "resume"))
-    file = overrides.pop("config", None)
-    config = load(kind, shipped, overrides, Path(str(file)) if file else None, "the command")
-    if dry_run:
+    config, flags = command_config(kind, shipped, argv, {"source": "sources", "class": "classes"}, ("resume",))
+    if flags["dry_run"]:
         from focusdd_det.plan import make_plan
 
         print(make_plan(config).table())
         return 0
     from focusdd_det.build import build
 
-    result = build(config, resume=resume)
+    result = build(config, resume=flags["resume"])
     print(f"{result.folder}: {result.composites} composites, {len(result.covered)} classes covered")
     if isinstance(config, BuildConfig):
         after = f"train_det.py model=yolo11n.yaml data={result.folder} teacher={config.teacher} epochs=100"
@@ -183,20 +169,18 @@ def sheet_command(argv: Sequence[str]) -> int:
             "with their boxes"
         )
         return 0 if argv else 2
-    options = parse_tokens(argv[1:], hints, {})
-    if set(options) - set(hints):
-        raise ConfigError(f"sheet: unknown option {sorted(set(options) - set(hints))}; expected out, count, columns")
+    options = read_options("sheet", argv[1:], hints)
     from focusdd_det.detset import read_data_yaml, read_manifest
     from focusdd_det.files import write_atomic
     from focusdd_det.report import contact_sheet
     from focusdd_det.scoring.decode import BadImage
 
     folder = Path(argv[0])
-    out = Path(str(options.get("out", "contact_sheet.jpg")))
+    out = Path(options.get("out", "contact_sheet.jpg"))
     if out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise ConfigError(f"sheet: out={out}: expected a name that ends in .jpg or .png")
     numbers = {key: options.get(key, usual) for key, usual in (("count", 36), ("columns", 6))}
-    wrong = [f"{key}={value!r}" for key, value in numbers.items() if type(value) is not int or value < 1]
+    wrong = [f"{key}={value}" for key, value in numbers.items() if value < 1]
     if wrong:
         raise ConfigError(f"sheet: {', '.join(wrong)}: expected a whole number from 1 on")
     items = list(read_manifest(folder))
@@ -291,13 +275,6 @@ def dispatch(argv: Sequence[str]) -> int | None:
         module, _, function = command.partition(":")
         command = getattr(importlib.import_module(module), function)
     return command(argv[1:])
-
-
-def _flag(overrides: dict[str, Any], key: str) -> bool:
-    value = overrides.pop(key, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r}: expected true or false")
-    return value
 
 
 def _interrupt(*_: object) -> None:

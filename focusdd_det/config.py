@@ -199,59 +199,6 @@ def suggest(name: str, known: Sequence[str]) -> str:
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether a help is asked for."""
-    return any(token in ("-h", "--help", "help") for token in argv)
-
-
-def parse_tokens(argv: Sequence[str], fields: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """Command-line tokens -> overrides.
-
-    Accepts `key=value`, `--key value`, `--key=value` and, for booleans, a bare `--key`; `-` and `_` are the same in a
-    key, up to a dot. Of a key that is given several times the last value counts; where the key takes a list, all do.
-    Text stays as it is written, other values are read as YAML.
-
-    Args:
-        argv: the tokens.
-        fields: known key -> its type; tells flags from options, and text (`out=0010`) from numbers.
-        aliases: other spelling -> key (for example `source` -> `sources`).
-
-    Raises:
-        ConfigError: a token that is neither, or an option without its value.
-    """
-    found: dict[str, list[Any]] = {}
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        dashed = token.startswith("--")
-        body = token[2:] if dashed else token
-        key, equals, value = body.partition("=")
-        section, dot, name = key.partition(".")  # a name of the user's follows: licence.my-photos
-        key = section.replace("-", "_") + dot + name
-        key = aliases.get(key, key)
-        if not equals:
-            if not dashed:
-                raise ConfigError(
-                    f"cannot read `{token}`; expected key=value or --key value{suggest(key, list(fields))}"
-                )
-            if fields.get(key) in (bool, "bool") and (not tokens or tokens[0].lower() not in ("true", "false")):
-                value = "true"
-            elif tokens and not tokens[0].startswith("--"):
-                value = tokens.pop(0)
-            elif key in fields:
-                raise ConfigError(f"--{key.replace('_', '-')} needs a value")
-            else:
-                value = "true"
-        found.setdefault(key, []).append(_value(value, fields.get(key)))
-    several = {key for key, hint in fields.items() if get_origin(hint) is tuple}
-    return {
-        key: [item for value in values for item in (value if isinstance(value, list) else [value])]
-        if key in several and len(values) > 1
-        else values[-1]
-        for key, values in found.items()
-    }
-
-
 def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | None = None, section: str = "") -> T:
     """A config dataclass from the shipped YAML, then `file`, then `overrides`; the later one wins.
 
@@ -280,9 +227,9 @@ def load(cls: type[T], shipped: str, overrides: Mapping[str, Any], file: Path | 
             problems.append(f"missing key `{key}`")
             continue
         try:
-            values[key] = _convert(values[key], hints[key])
+            values[key] = convert(values[key], hints[key])
         except (TypeError, ValueError) as error:
-            problems.append(f"{key}={_shown(values[key])}: {error}")
+            problems.append(f"{key}={shown(values[key])}: {error}")
     if problems:
         raise ConfigError(f"{section or shipped} is not valid:\n  " + "\n  ".join(problems))
     return cls(**{key: values[key] for key in hints})
@@ -332,7 +279,7 @@ def without_keys(cfg: Any, keys: Collection[str]) -> Any:
     return cfg if values is None else {key: value for key, value in values.items() if key not in keys}
 
 
-def _value(text: str, hint: Any) -> Any:
+def text_or_scalar(text: str, hint: Any) -> Any:
     """A value of the command line. Where the key takes text it is that text: the folder 0010, not 8.
 
     A list of texts may be YAML (`[a, b]`), or mappings where the key takes those too.
@@ -356,14 +303,15 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message."""
     try:
         return repr(value)[:200]
     except ValueError:  # Python refuses to print integers of thousands of digits
         return "a very long number"
 
 
-def _convert(value: Any, hint: Any) -> Any:
+def convert(value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or TypeError / ValueError with what was expected."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -376,7 +324,7 @@ def _convert(value: Any, hint: Any) -> Any:
             if option is type(None):
                 continue
             try:
-                return _convert(value, option)
+                return convert(value, option)
             except (TypeError, ValueError) as error:
                 failure = error
         raise failure
@@ -397,7 +345,7 @@ def _convert(value: Any, hint: Any) -> Any:
             items = parts if plain else [_scalar(part) for part in parts] if kind is int else [value]
         else:
             items = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        return tuple(_convert(item, get_args(hint)[0]) for item in items)
+        return tuple(convert(item, get_args(hint)[0]) for item in items)
     if hint is Any:
         return value
     if hint is bool:

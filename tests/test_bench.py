@@ -17,7 +17,8 @@ from focusdd_det.bench.options import PARTS, BenchOptions, Request
 from focusdd_det.bench.timing import Ratio, compare, ratio, together
 from focusdd_det.bench.train import ratios
 from focusdd_det.cli import run_main
-from focusdd_det.config import load, parse_tokens
+from focusdd_det.commandline import parse_tokens
+from focusdd_det.config import load
 from focusdd_det.errors import ConfigError, DataError
 
 

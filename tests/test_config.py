@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from focusdd_det.build import load_config
-from focusdd_det.config import BuildConfig, as_plain, cfg_dir, load, parse_tokens, read_yaml
+from focusdd_det.commandline import parse_tokens
+from focusdd_det.config import BuildConfig, as_plain, cfg_dir, load, read_yaml
 from focusdd_det.errors import ConfigError
 
 HINTS = get_type_hints(BuildConfig)

@@ -7,7 +7,8 @@ from typing import get_type_hints
 import pytest
 
 from focusdd_det.build import load_config
-from focusdd_det.config import BuildConfig, parse_tokens
+from focusdd_det.commandline import parse_tokens
+from focusdd_det.config import BuildConfig
 from focusdd_det.layouts import Layout, Layouts, cell_sizes, edges, squares
 
 

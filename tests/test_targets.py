@@ -24,7 +24,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det import sealed
 from focusdd_det.cli import main, run_main
-from focusdd_det.config import parse_tokens
+from focusdd_det.commandline import parse_tokens
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
 from focusdd_det.teacher import load_detector
 from focusdd_det.trainer import FocusDDTrainer, add_stored_heads

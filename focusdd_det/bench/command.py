@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from focusdd_det.bench.options import PARTS, Request
-from focusdd_det.config import describe, load, parse_tokens, wants_help
+from focusdd_det.commandline import parse_tokens, wants_help
+from focusdd_det.config import describe, load
 from focusdd_det.demo.quiet import keep_quiet
 from focusdd_det.errors import DiskError
 from focusdd_det.files import write_atomic

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from focusdd_det.config import parse_tokens, suggest, wants_help
+from focusdd_det.commandline import read_options, wants_help
+from focusdd_det.config import suggest
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.files import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.progress import progress_bar
@@ -92,17 +93,10 @@ def export_command(argv: Sequence[str]) -> int:
     if wants_help(argv):
         print(USAGE)
         return 0
-    given = parse_tokens(argv, hints, {})
-    wrong = [f"unknown key `{key}`{suggest(key, list(hints))}" for key in given if key not in hints]
-    wrong += [f"{key}= is missing" for key in ("dataset", "root", "out") if key not in given]
-    if not isinstance(given.get("download", False), bool):
-        wrong.append(f"download={given['download']!r}: expected true or false")
-    if wrong:
-        raise ConfigError("export: " + "; ".join(wrong) + "; --help shows examples")
+    given = read_options("export", argv, hints, needed=("dataset", "root", "out"))
     options = {"split": "train", "download": False, **given}
-    out = Path(str(options["out"]))
-    where = Path(str(options["root"]))
-    count = export(str(options["dataset"]), where, out, str(options["split"]), options["download"])
+    out = Path(options["out"])
+    count = export(options["dataset"], Path(options["root"]), out, options["split"], options["download"])
     print(f"{out}: {count} pictures in {sum(1 for _ in out.iterdir())} class folders")
     return 0
 

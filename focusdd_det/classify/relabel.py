@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings
-from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
+from focusdd_det.commandline import command_config, wants_help
+from focusdd_det.config import as_plain, describe, load
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.progress import progress_bar
@@ -127,14 +128,8 @@ def relabel_command(argv: Sequence[str]) -> int:
     if wants_help(argv):
         print(USAGE + "\n" + describe("relabel_cls.yaml"))
         return 0
-    hints = {**get_type_hints(RelabelConfig), "dry_run": bool, "config": str}
-    overrides = parse_tokens(argv, hints, {})
-    dry_run = overrides.pop("dry_run", False)
-    if not isinstance(dry_run, bool):
-        raise ConfigError(f"dry_run={dry_run!r}: expected true or false")
-    file = overrides.pop("config", None)
-    config = load(RelabelConfig, "relabel_cls.yaml", overrides, Path(str(file)) if file else None, "the command")
-    if dry_run:
+    config, flags = command_config(RelabelConfig, "relabel_cls.yaml", argv)
+    if flags["dry_run"]:
         print(estimate(config, read_class_set(str(config.data), "train")))
         return 0
     result = relabel(config)

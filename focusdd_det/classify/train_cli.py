@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from focusdd_det.classify.options import Options
-from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
+from focusdd_det.commandline import wants_help
+from focusdd_det.config import cfg_dir, describe, read_yaml
 from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe
 from focusdd_det.training.run_guard import run_to_end
 

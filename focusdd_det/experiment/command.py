@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from focusdd_det.config import BuildConfig, ClassBuildConfig, parse_tokens, read_yaml, suggest
+from focusdd_det.commandline import parse_tokens
+from focusdd_det.config import BuildConfig, ClassBuildConfig, read_yaml, suggest
 from focusdd_det.errors import ConfigError, DataError, FocusDDError
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
 from focusdd_det.files import write_atomic

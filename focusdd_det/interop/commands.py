@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from focusdd_det.config import parse_tokens, suggest, wants_help
+from focusdd_det.commandline import read_options, wants_help
+from focusdd_det.config import suggest
 from focusdd_det.detset import part_path
 from focusdd_det.errors import ConfigError, VerifyError
 from focusdd_det.files import refuse_overlap, write_atomic
@@ -195,7 +196,7 @@ def annotations_command(argv: Sequence[str]) -> int:
 
     splits = [split.strip() for split in given.get("splits", "val").split(",")]
     base = Path(given["base"]) if "base" in given else None
-    truth = annotations.read_truth(given["data"], splits, base, _flag("annotations", given, "subset"))
+    truth = annotations.read_truth(given["data"], splits, base, given.get("subset", False))
     count, file = truth.count, out / annotations.file_of(truth.split)
     told = f"{file}: {count['images']} images, {count['annotations']} annotations"
     if base is not None:
@@ -219,7 +220,7 @@ def pack_command(argv: Sequence[str]) -> int:
     folder, given, dry_run = _parse("pack", argv, ("out", "log"), ("out",))
     out = Path(given["out"])
     refuse_existing(out)
-    found = contents(folder, _flag("pack", given, "log"))
+    found = contents(folder, given.get("log", False))
     if dry_run:
         print(f"{found.kind}: {len(found.files)} files\n{out}: {found.size:,} bytes, and {out.name}.sha256")
         return 0
@@ -263,7 +264,7 @@ def card_command(argv: Sequence[str]) -> int:
     out = Path(given["out"])
     licences = {key.removeprefix("licence."): value for key, value in given.items() if key.startswith("licence.")}
     head: dict[str, str] = {key: given[key] for key in ("license", "pretty_name") if key in given}
-    files = [Path(name) for name in given.get("results", ())]
+    files = [Path(str(name)) for name in given.get("results", ())]
     if not (files or licences or head):
         raise ConfigError("card: nothing to add: give results=, licence.SOURCE=, license= or pretty_name=")
     source = open_set(folder)
@@ -277,13 +278,13 @@ def card_command(argv: Sequence[str]) -> int:
 
 # --- words -> keys and values
 
-_FLAGS = ("log", "subset")
+_TYPES: dict[str, Any] = {"log": bool, "subset": bool, "results": tuple[Any, ...]}  # of options that are no text
 
 
 def _parse(
     command: str, argv: Sequence[str], keys: Sequence[str], needed: Sequence[str], prefix: str = "\0"
 ) -> tuple[Path, dict[str, Any], bool]:
-    """The place that comes first, the options as text (`results` as a list), and whether it is a dry run.
+    """The place that comes first, the options, and whether it is a dry run.
 
     Raises:
         ConfigError: all problems at once.
@@ -298,46 +299,16 @@ def _parse(
 def _options(
     command: str, argv: Sequence[str], keys: Sequence[str], needed: Sequence[str], prefix: str = "\0"
 ) -> tuple[dict[str, Any], bool]:
-    """The options as text (`results` as a list, flags as bools), and whether it is a dry run.
+    """The options, and whether it is a dry run. Any key that begins with `prefix` is one, too.
 
     Raises:
         ConfigError: all problems at once.
     """
-    flags = dict.fromkeys(("dry_run", *_FLAGS), bool)
-    hints: dict[str, Any] = {**dict.fromkeys(keys, str), "results": tuple[str, ...], **flags}
+    hints: dict[str, Any] = {**{key: _TYPES.get(key, str) for key in keys}, "dry_run": bool}
     named = (word.lstrip("-").partition("=")[0] for word in argv)
     hints |= {key: str for key in named if key.startswith(prefix)}
-    given = parse_tokens(argv, hints, {})
-    dry_run = given.pop("dry_run", False)
-    wrong = [
-        f"unknown option `{key}`{suggest(key, [*keys, 'dry_run'])}"
-        for key in given
-        if key not in keys and not key.startswith(prefix)
-    ]
-    wrong += [f"{key}= is missing" for key in needed if given.get(key) in (None, "")]
-    wrong += [f"{key}={value!r}: expected text" for key, value in given.items() if not _is_text(key, value)]
-    if not isinstance(dry_run, bool):
-        wrong.append(f"dry_run={dry_run!r}: expected true or false")
-    if wrong:
-        raise ConfigError(f"{command}: " + "; ".join(wrong) + "; --help shows examples")
-    values: dict[str, Any] = {key: value if isinstance(value, bool) else str(value) for key, value in given.items()}
-    if "results" in given:
-        found = given["results"]
-        values["results"] = [str(value) for value in (found if isinstance(found, list) else [found])]
-    return values, dry_run
-
-
-def _is_text(key: str, value: Any) -> bool:
-    if key == "results" and isinstance(value, list):
-        return all(isinstance(part, str) for part in value)
-    return key in _FLAGS or (isinstance(value, (str, int, float)) and not isinstance(value, bool))
-
-
-def _flag(command: str, given: Mapping[str, Any], key: str) -> bool:
-    value = given.get(key, False)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{command}: {key}={value!r}: expected true or false")
-    return value
+    values = read_options(command, argv, hints, needed)
+    return values, values.pop("dry_run", False)
 
 
 def _measure(source: FinishedSet, pictures: bool) -> tuple[int, int]:

@@ -21,7 +21,8 @@ import yaml
 from focusdd_det import detset, files
 from focusdd_det.ahead import ahead
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
-from focusdd_det.config import describe, load, parse_tokens, read_yaml, wants_help
+from focusdd_det.commandline import command_config, wants_help
+from focusdd_det.config import describe, read_yaml
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
 from focusdd_det.files import append_lines
@@ -149,21 +150,13 @@ def map_command(argv: Sequence[str]) -> int:
 
 def audit_command(argv: Sequence[str]) -> int:
     """`focusdd map audit`: options, work, files."""
-    from typing import get_type_hints
-
     if not argv or wants_help(argv):
         print(USAGE + "\n" + describe("map_audit.yaml"))
         return 0 if argv else 2
-    hints = get_type_hints(AuditConfig)
-    overrides = parse_tokens(argv, {**hints, "dry_run": bool, "config": str}, {"source": "sources"})
-    dry_run = overrides.pop("dry_run", False)
-    if not isinstance(dry_run, bool):
-        raise ConfigError(f"dry_run={dry_run!r}: expected true or false")
-    file = overrides.pop("config", None)
-    config = load(AuditConfig, "map_audit.yaml", overrides, Path(str(file)) if file else None, "the audit")
+    config, flags = command_config(AuditConfig, "map_audit.yaml", argv, {"source": "sources"})
     places, jobs = plan(config)
     print(plan_text(config, jobs))
-    if dry_run:
+    if flags["dry_run"]:
         return 0
     audit(config, places, jobs)
     return 0

@@ -15,7 +15,8 @@ import torch
 
 from focusdd_det import detset, files
 from focusdd_det.build import MACHINE_KEYS
-from focusdd_det.config import BuildConfig, describe, load, parse_tokens, parse_yaml, suggest, wants_help
+from focusdd_det.commandline import parse_tokens, wants_help
+from focusdd_det.config import BuildConfig, describe, load, parse_yaml, suggest
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
 from focusdd_det.plugins import load_plugins

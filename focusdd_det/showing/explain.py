@@ -6,13 +6,13 @@ found = explain([Path("cat.jpg").read_bytes()], [()], selector, ["gca"], load_co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from focusdd_det.classmap import find_map, imagenet_synsets, read_class_map
+from focusdd_det.classmap import find_map, lemmas, read_class_map
 from focusdd_det.config import BuildConfig, SetConfig, suggest
 from focusdd_det.errors import ConfigError
 from focusdd_det.methods import METHODS
@@ -140,10 +140,6 @@ def outputs_of(name: str, selector: Selector, config: BuildConfig) -> tuple[int,
 
 
 def readable(classes: Sequence[str]) -> list[str]:
-    """Names for people: ImageNet's synsets by their first word, others as they are."""
-    from timm.data import ImageNetInfo
-
-    known = set(imagenet_synsets())
-    info = ImageNetInfo("imagenet-1k")
-    words: Mapping[str, str] = {c: str(info.label_name_to_description(c)).split(",")[0] for c in classes if c in known}
-    return [words.get(name, name) for name in classes]
+    """Names for people: WordNet ids by their first word, others as they are."""
+    known = lemmas()
+    return [known[name].split(",")[0] if name in known else name for name in classes]

@@ -16,14 +16,14 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from focusdd_det.classmap import lemmas
+from focusdd_det.commandline import read_options, wants_help
 from focusdd_det.compose import encode_jpeg, resize
-from focusdd_det.config import parse_tokens, parse_yaml, suggest, wants_help
+from focusdd_det.config import parse_yaml
 from focusdd_det.detset import Cell, Item, part_path, read_data_yaml, read_manifest, read_soft, task_of
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, VerifyError
@@ -68,31 +68,27 @@ def gallery_command(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     hints: dict[str, Any] = {
-        "out": str, "thumb": int, "sources": tuple[str, ...], "selector": str, "selector_weights": str,
-        "plugins": tuple[str, ...],
+        "out": str, "thumb": int, "sources": tuple[Any, ...], "selector": str, "selector_weights": str,
+        "plugins": tuple[Any, ...],
     }  # fmt: skip
-    options = parse_tokens(argv[1:], hints, {"source": "sources"})
-    wrong = [f"unknown option `{key}`{suggest(key, list(hints))}" for key in options if key not in hints]
+    options = read_options("gallery", argv[1:], hints, aliases={"source": "sources"})
     thumb = options.get("thumb", 160)
-    if type(thumb) is not int or not 32 <= thumb <= 640:
-        wrong.append(f"thumb={thumb!r}: expected 32 to 640 px")
-    if wrong:
-        raise ConfigError("gallery: " + "; ".join(wrong) + "; --help shows examples")
+    if not 32 <= thumb <= 640:
+        raise ConfigError(f"gallery: thumb={thumb}: expected 32 to 640 px")
     folder = Path(argv[0])
     if task_of(folder) is None:
         raise VerifyError(f"{folder} is not a distilled set of this program: its build.yaml is missing or another's")
     out = _out(folder, options.get("out"))
-    load_plugins(_listed(options.get("plugins")))
+    load_plugins([str(file) for file in options.get("plugins", ())])
     maps = None
-    asked = {key: options[key] for key in ("sources", "selector", "selector_weights") if options.get(key) is not None}
+    asked = {key: options[key] for key in ("sources", "selector", "selector_weights") if options.get(key)}
     if asked:
         from focusdd_det.showing.source_maps import open_maps
 
-        sources = _listed(asked.get("sources"))
-        if not sources:
+        if "sources" not in asked:
             raise ConfigError("gallery: sources= is missing: attention maps need NAME=PATH of the folders of the set")
-        paths = [str(asked[key]) if key in asked else None for key in ("selector", "selector_weights")]
-        maps = open_maps(folder, _identity(folder), sources, *paths)
+        sources = [str(source) for source in asked["sources"]]
+        maps = open_maps(folder, _identity(folder), sources, asked.get("selector"), asked.get("selector_weights"))
     count = write_gallery(folder, out, thumb, maps)
     if maps is not None:
         _report(maps)
@@ -185,7 +181,7 @@ def _head(identity: dict[str, Any], names: Sequence[str], total: int, maps: Sour
     return {
         "task": identity.get("task", "detect"),
         "classes": list(names),
-        "lemmas": {i: _lemmas()[name].split(",")[0] for i, name in enumerate(names) if name in _lemmas()},
+        "lemmas": {i: lemmas()[name].split(",")[0] for i, name in enumerate(names) if name in lemmas()},
         "total": total,
         "block": _BLOCK,
         "told": [[key, str(value)[:80]] for key, value in told if value is not None],
@@ -229,8 +225,8 @@ def _block(
         tiles.append([item.id, item.class_index, len(boxes), mean, sorted({box[0] for box in boxes}), missed])
         group = "" if item.group == item.class_name else item.group
         details.append([[_cell(cell, next(drawn)) for cell in item.cells], boxes, group, item.index])
-    lemmas = _lemmas()
-    folders = {cell.folder: lemmas[cell.folder] for cell in cells if cell.folder in lemmas}
+    known = lemmas()
+    folders = {cell.folder: known[cell.folder] for cell in cells if cell.folder in known}
     lines = [
         f'<script type="application/json">{_json(tiles)}</script>',
         f'<script type="application/json">{_json({"items": details, "folders": folders})}</script>',
@@ -278,23 +274,7 @@ def _cell(cell: Cell, seen: SourceMap | None) -> list[Any]:
     return [*own, base64.b64encode(seen.levels.tobytes()).decode(), [round(v, 1) for v in seen.place]]
 
 
-@lru_cache(maxsize=1)
-def _lemmas() -> dict[str, str]:
-    """WordNet id -> its first names, from timm's own table; empty if it has none (found without importing timm)."""
-    spec = find_spec("timm")
-    for place in (spec and spec.submodule_search_locations) or ():
-        table = Path(place) / "data" / "_info" / "imagenet_synset_to_lemma.txt"
-        if table.is_file():
-            rows = (line.split("\t") for line in table.read_text(encoding="utf-8").splitlines())
-            return {row[0]: row[1] for row in rows if len(row) == 2}
-    return {}
-
-
 # --- the command's edges
-
-
-def _listed(value: Any) -> list[str]:
-    return [str(entry) for entry in (value if isinstance(value, list) else [] if value is None else [value])]
 
 
 def _out(folder: Path, given: object) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from focusdd_det import __version__
-from focusdd_det.config import parse_tokens, suggest, wants_help
+from focusdd_det.commandline import parse_tokens, wants_help
+from focusdd_det.config import suggest
 from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError, DataError, DiskError
 

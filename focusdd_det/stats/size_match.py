@@ -104,18 +104,15 @@ def sizes_in_cells(folder: Path) -> tuple[Sizes, Sizes]:
 
 def grids_command(argv: Sequence[str]) -> int:
     """`focusdd grids SET reference=annotations.json`."""
-    from focusdd_det.config import parse_tokens, suggest, wants_help
+    from focusdd_det.commandline import read_options, wants_help
     from focusdd_det.stats.reference import read_boxes
 
     if wants_help(argv):
         print(USAGE)
         return 0
-    known = {"reference": str}
-    options = parse_tokens(list(argv[1:]), known, {}) if argv else {}
-    unknown = [f"`{key}`{suggest(key, list(known))}" for key in options if key not in known]
-    if not argv or "=" in argv[0] or argv[0].startswith("-") or unknown or "reference" not in options:
-        wrong = f"unknown option {unknown[0]}" if unknown else "a set and reference=annotations.json are needed"
-        raise ConfigError(f"focusdd grids: {wrong}; for example `focusdd grids datasets/focusdd reference=val.json`")
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise ConfigError("grids: a set is needed first, as in `focusdd grids datasets/focusdd reference=val.json`")
+    options = read_options("grids", argv[1:], {"reference": str}, needed=("reference",))
     folder = Path(argv[0])
     whole, cell = sizes_in_cells(folder)
     wanted = read_boxes(str(options["reference"])).sizes

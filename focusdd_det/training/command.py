@@ -11,7 +11,8 @@ from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import coco_eval
 from focusdd_det.checkpoints import resolve_weights
-from focusdd_det.config import cfg_dir, describe, read_yaml, wants_help
+from focusdd_det.commandline import wants_help
+from focusdd_det.config import cfg_dir, describe, read_yaml
 from focusdd_det.errors import ConfigError
 from focusdd_det.files import file_sha256
 from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe

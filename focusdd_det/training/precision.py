@@ -1,4 +1,4 @@
-"""Whether mixed precision can be trusted on this GPU, without Ultralytics' download of a model to try it with."""
+"""In which precision a student is trained, and whether the machine can be trusted with it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import files, sealed
-from focusdd_det.config import as_plain, describe, load, parse_tokens, wants_help
+from focusdd_det.commandline import command_config, wants_help
+from focusdd_det.config import as_plain, describe, load
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
@@ -150,14 +151,8 @@ def store_command(argv: Sequence[str]) -> int:
     if wants_help(argv):
         print(USAGE + "\n" + describe("store_targets.yaml"))
         return 0
-    hints = {**get_type_hints(TargetsConfig), "dry_run": bool, "config": str}
-    overrides = parse_tokens(argv, hints, {})
-    dry_run = overrides.pop("dry_run", False)
-    if not isinstance(dry_run, bool):
-        raise ConfigError(f"dry_run={dry_run!r}: expected true or false")
-    file = overrides.pop("config", None)
-    config = load(TargetsConfig, "store_targets.yaml", overrides, Path(str(file)) if file else None, "the command")
-    if dry_run:
+    config, flags = command_config(TargetsConfig, "store_targets.yaml", argv)
+    if flags["dry_run"]:
         job = _Job(config)
         print(job.estimate(job.pilot()))
         return 0

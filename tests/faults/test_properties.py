@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from focusdd_det.build import load_config
+from focusdd_det.commandline import parse_tokens
 from focusdd_det.compose import middle_square
-from focusdd_det.config import BuildConfig, as_plain, parse_tokens, parse_yaml
+from focusdd_det.config import BuildConfig, as_plain, parse_yaml
 from focusdd_det.detset import PARTS, Cell, Item
 from focusdd_det.errors import ConfigError, FocusDDError
 from focusdd_det.labels import carry, drop_repeats, drop_slivers, join, parse_rows, rows
