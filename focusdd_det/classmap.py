@@ -62,7 +62,7 @@ def imagenet_synsets() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def lemmas() -> dict[str, str]:
-    """WordNet id -> its names in English, from timm's own table; empty if it has none (found without importing timm)."""
+    """WordNet id -> its English names, from timm's own table; empty if it has none (found without importing timm)."""
     spec = find_spec("timm")
     for place in (spec and spec.submodule_search_locations) or ():
         table = Path(place) / "data" / "_info" / "imagenet_synset_to_lemma.txt"
