@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.composites import Bench, compose_all
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
 from focusdd_det.devices import device_of, processors
@@ -102,9 +102,9 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     plan = make_plan(config)
     log.info("%s", plan.table())
     out = _out(config)
-    work = out.with_name(out.name + files.INCOMPLETE)
+    work = out.with_name(out.name + disk.INCOMPLETE)
     for target in (out, work, Path(config.scores or out)):
-        files.refuse_overlap(target, [place for root in plan.roots for place in _places_of(root)])
+        disk.refuse_overlap(target, [place for root in plan.roots for place in _places_of(root)])
     if resume and not work.is_dir() and not out.is_dir():
         raise ConfigError(f"--resume: there is no {work} to go on with; leave --resume out to start one")
     method = method_of(config)
@@ -120,7 +120,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
         return _result(out, plan, {"all": time.monotonic() - started})
     _start(work, identity, config)
     seconds = {"plan": time.monotonic() - started}
-    with files.locked(work):
+    with disk.locked(work):
         if config.grow_from:
             _grow(Path(config.grow_from), work, identity)
         _require_space(work, plan, config, method)
@@ -254,7 +254,7 @@ def _already_there(
             raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
         changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
         if changed and config.overwrite:
-            with files.locked(work):
+            with disk.locked(work):
                 detset.set_strays_aside(work, _aside(out), begun=True)
                 detset.remove_ours(work)
         elif changed:
@@ -293,7 +293,7 @@ def _reopen(out: Path, work: Path, identity: dict[str, Any]) -> None:
         raise DiskError(
             f"cannot reopen {out} as {work}: {error.strerror}; fix that, or choose another `out`"
         ) from error
-    files.write_atomic(work / "build.yaml", _identity_bytes(identity))
+    disk.write_atomic(work / "build.yaml", _identity_bytes(identity))
 
 
 def _aside(out: Path) -> Path:
@@ -320,7 +320,7 @@ def _read_identity(folder: Path) -> Any:
 def _start(work: Path, identity: dict[str, Any], config: SetConfig) -> None:
     try:
         work.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(work / "build.yaml", _identity_bytes(identity))  # first: from now on it is seen to be ours
+        disk.write_atomic(work / "build.yaml", _identity_bytes(identity))  # first: from now on it is seen to be ours
         for part in detset.PARTS if task_of(config) == "detect" else ():
             (work / part / "train").mkdir(parents=True, exist_ok=True)
         if task_of(config) == "classify":
@@ -479,13 +479,13 @@ def _finish(
             )
             + (f"; least_entropy={config.least_entropy:g} passed over {passed_over} sources" if passed_over else "")
         )
-    files.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
+    disk.write_atomic(work / "manifest.jsonl", "".join(item.line() for item in items).encode())
     detset.sweep(work, items, _aside(out))
-    files.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names, task_of(config)))
-    files.write_atomic(work / "README.md", card(items, plan, identity, counts, blind, blank).encode())
+    disk.write_atomic(work / "data.yaml", detset.data_yaml(plan.class_map.names, task_of(config)))
+    disk.write_atomic(work / "README.md", card(items, plan, identity, counts, blind, blank).encode())
     lines = [json.dumps({"root": r, "path": p, "reason": why}, ensure_ascii=True) + "\n" for r, p, why in quarantined]
-    files.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
-    files.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))
+    disk.write_atomic(work / "quarantine.jsonl", "".join(lines).encode())
+    disk.write_atomic(work / "contact_sheet.jpg", contact_sheet(work, items, plan.class_map.names))
     write_gallery(work, work / GALLERY)
     build_log = {
         "command": sys.argv,
@@ -497,10 +497,10 @@ def _finish(
         "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    files.write_atomic(work / "build.log.json", (json.dumps(build_log, indent=1, sort_keys=True) + "\n").encode())
+    disk.write_atomic(work / "build.log.json", (json.dumps(build_log, indent=1, sort_keys=True) + "\n").encode())
     if not config.scores:
         (work / "scores.sqlite").unlink(missing_ok=True)
-    files.write_atomic(work / "COMPLETE", detset.seal(work))
+    disk.write_atomic(work / "COMPLETE", detset.seal(work))
 
 
 def _report_short(plan: Plan, items: Sequence[detset.Item]) -> None:

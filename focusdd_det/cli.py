@@ -171,7 +171,7 @@ def sheet_command(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     options = read_options("sheet", argv[1:], hints)
     from focusdd_det.detset import read_data_yaml, read_manifest
-    from focusdd_det.files import write_atomic
+    from focusdd_det.disk import write_atomic
     from focusdd_det.report import contact_sheet
     from focusdd_det.scoring.decode import BadImage
 

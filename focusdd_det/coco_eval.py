@@ -27,8 +27,8 @@ from ultralytics.data.utils import IMG_FORMATS, exif_size
 from ultralytics.utils import DEFAULT_CFG, LOGGER, TQDM, nms, ops
 
 from focusdd_det.checkpoints import safe_checkpoint
+from focusdd_det.disk import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, WeightsError
-from focusdd_det.files import file_sha256, write_atomic
 from focusdd_det.teacher import STRIDE
 from focusdd_det.training.clean_data import CleanDataset, refuse_cut_jpegs
 

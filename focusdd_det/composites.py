@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.compose import assemble, cell_order, cut, encode_jpeg, letterbox, middle_square, resize
 from focusdd_det.config import SetConfig
 from focusdd_det.detset import Cell, Item
@@ -343,7 +343,7 @@ def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], i
         seed=draft.seed,
         cells=label.cells,
         boxes=label.boxes,
-        sha256={part: files.sha256(data) for part, data in parts.items()},
+        sha256={part: disk.sha256(data) for part, data in parts.items()},
     )
     for part, data in parts.items():
         detset.write_part(bench.folder, part, item, data)

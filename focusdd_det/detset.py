@@ -26,8 +26,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from focusdd_det.config import parse_yaml
+from focusdd_det.disk import append_lines, is_folder_name, sha256, write_atomic
 from focusdd_det.errors import DiskError, VerifyError
-from focusdd_det.files import append_lines, is_folder_name, sha256, write_atomic
 from focusdd_det.labels import parse_rows
 from focusdd_det.types import Detections
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from focusdd_det.classmap import ClassMap, find_map, read_class_map, read_folder_map
 from focusdd_det.config import BuildConfig, SetConfig, suggest
+from focusdd_det.disk import is_folder_name
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.files import is_folder_name
 from focusdd_det.layouts import Layout, Layouts
 from focusdd_det.methods import METHODS, Method
 from focusdd_det.plugins import load_plugins

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_tensors
 
-from focusdd_det import files
+from focusdd_det import disk
+from focusdd_det.disk import file_sha256, sha256, write_atomic
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
-from focusdd_det.files import file_sha256, sha256, write_atomic
 
 DESCRIPTION, SEAL, LOG = "store.json", "COMPLETE", "store.log.json"
 _DONE = "done.json"  # the hashes of the files of an unfinished folder
@@ -79,7 +79,7 @@ def open_sealed(folder: Path, kind: Kind) -> tuple[dict[str, Any], dict[str, str
             raise ValueError("expected a hash for each file")
         data = (folder / DESCRIPTION).read_bytes()
     except FileNotFoundError as error:
-        unfinished = folder.with_name(folder.name + files.INCOMPLETE)
+        unfinished = folder.with_name(folder.name + disk.INCOMPLETE)
         hint = f"; {unfinished} is an unfinished one: run the same {kind.tool} command again"
         hint = hint if unfinished.is_dir() else ""
         missing = Path(str(error.filename)).name
@@ -239,13 +239,13 @@ def working(out: Path) -> Iterator[Path]:
     Raises:
         DiskError: it cannot be made, or another process writes there.
     """
-    work = out.with_name(out.name + files.INCOMPLETE)
+    work = out.with_name(out.name + disk.INCOMPLETE)
     is_new = not work.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
-    with files.locked(work):
+    with disk.locked(work):
         try:
             yield work
         except BaseException:

@@ -24,8 +24,8 @@ from focusdd_det.backbones import (
 )
 from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import WeightsError
-from focusdd_det.files import file_sha256
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 ATTENTIONS = ("gca", "last", "mean")

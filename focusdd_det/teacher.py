@@ -20,8 +20,8 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.tal import make_anchors
 
 from focusdd_det.checkpoints import resolve_weights, safe_checkpoint
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError, WeightsError
-from focusdd_det.files import file_sha256
 from focusdd_det.labels import nms
 from focusdd_det.losses import ONE2MANY, ONE2ONE, decode_boxes
 from focusdd_det.types import Detections, Image

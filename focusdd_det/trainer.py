@@ -28,8 +28,8 @@ from focusdd_det import __version__, coco_eval
 from focusdd_det.checkpoints import resolve_weights, safe_ultralytics
 from focusdd_det.config import without_keys
 from focusdd_det.devices import processors
+from focusdd_det.disk import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError, WeightsError
-from focusdd_det.files import file_sha256, write_atomic
 from focusdd_det.teacher import Detector, load_detector
 from focusdd_det.training import exact_resume
 from focusdd_det.training.aside import Aside, Begun

@@ -12,7 +12,7 @@ from conftest import write_set
 
 from focusdd_det import detset
 from focusdd_det.detset import Cell, part_path, read_manifest
-from focusdd_det.files import sha256
+from focusdd_det.disk import sha256
 from focusdd_det.labels import parse_rows
 from focusdd_det.showing.gallery import write_gallery
 from focusdd_det.types import Detections

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision.datasets import ImageFolder
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.build import build, load_class_config
 from focusdd_det.cli import build_cls_command, run_main
 from focusdd_det.detset import read_manifest, verify
@@ -231,7 +231,7 @@ def test_realism_takes_the_crop_that_the_classifier_is_surest_of(bench: Path, tm
         for path in sorted((bench / "photos" / name).iterdir()):
             picture = cv2.imread(str(path))[..., ::-1].copy()
             height, width = picture.shape[:2]
-            crops = METHODS["realism"].look_crops(width, height, files.sha256(path.read_bytes()), config)
+            crops = METHODS["realism"].look_crops(width, height, disk.sha256(path.read_bytes()), config)
             assert len(crops) == 5
             views = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
             for i, c in enumerate(crops):

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file
 from torch import nn
 
-from focusdd_det import files, sealed
+from focusdd_det import disk, sealed
 from focusdd_det.classify import relabel as relabelling
 from focusdd_det.classify.accuracy import Accuracy
 from focusdd_det.classify.relabel import load_config, relabel, relabel_command
@@ -246,7 +246,7 @@ def test_a_full_disk_is_said_before_the_work(place: Place, monkeypatch: pytest.M
 def test_one_writer_at_a_time(place: Place) -> None:
     work = place.out("out.incomplete")
     work.mkdir()
-    with files.locked(work), pytest.raises(DiskError, match="being written"):
+    with disk.locked(work), pytest.raises(DiskError, match="being written"):
         relabel(place.config())
 
 

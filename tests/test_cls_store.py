@@ -23,8 +23,8 @@ from focusdd_det.classify.relabel import load_config, relabel
 from focusdd_det.classify.store import KIND, LogitStore, bytes_of_epoch, epoch_name
 from focusdd_det.classify.teacher import load_classifier
 from focusdd_det.classify.views import FIELDS, ViewDataset, ViewSettings, draw
+from focusdd_det.disk import sha256
 from focusdd_det.errors import ConfigError, DiskError, VerifyError
-from focusdd_det.files import sha256
 
 POOL = 3
 

@@ -19,7 +19,7 @@ from class_data import jpeg, write_class_set
 from conftest import draw
 from safetensors.torch import save_file
 
-from focusdd_det import detset
+from focusdd_det import detset, disk
 from focusdd_det.cli import main
 from focusdd_det.methods import METHODS
 from focusdd_det.scoring.decode import decode
@@ -63,7 +63,7 @@ def write_gallery_set(folder: Path, count: int, pictures: int = 5, sources: Path
                     detset.Cell(kind, "photos", f"odd/{name}", "odd", digest, 60, 40, crop, 0.1 * k, 0.6, k == i % 3)
                 )
             parts = {"images": files[i % pictures], "labels": labels, "soft": detset.soft_bytes(found)}
-            hashes = {part: files.sha256(data) for part, data in parts.items()}
+            hashes = {part: disk.sha256(data) for part, data in parts.items()}
             name = CLASSES[i % 3]
             item = detset.Item(f"c{i:05d}", name, i % 3, name, i // 3, i, i, tuple(cells), len(kinds), hashes)
             for part, data in parts.items():

@@ -15,8 +15,8 @@ from focusdd_det.classmap import ClassMap
 from focusdd_det.cli import main
 from focusdd_det.config import as_plain
 from focusdd_det.detset import read_manifest
+from focusdd_det.disk import sha256
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.files import sha256
 from focusdd_det.interop.card import card_with_results
 from focusdd_det.interop.finished import open_set
 from focusdd_det.plan import Group, Plan

@@ -120,7 +120,7 @@ def test_a_composite_without_boxes_is_an_image_without_annotations(tmp_path: Pat
     from dataclasses import replace
 
     from focusdd_det.detset import soft_bytes
-    from focusdd_det.files import sha256
+    from focusdd_det.disk import sha256
     from focusdd_det.types import Detections
 
     item = next(read_manifest(folder))

@@ -11,8 +11,8 @@ import pytest
 
 from focusdd_det import sealed
 from focusdd_det.classify import store as logits
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import DiskError
-from focusdd_det.files import file_sha256
 from focusdd_det.training.replay import Pool, View
 from focusdd_det.training.targets import KIND, VIEWS, TargetStore, pool_files
 

@@ -65,4 +65,4 @@ def test_the_command_names_the_nearest_first(
 @pytest.mark.parametrize("words", [[], ["set"], ["reference=a.json"], ["set", "refrence=a.json"]])
 def test_wrong_words_are_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grids", *words]) == ConfigError.exit_code
-    assert "focusdd grids" in capsys.readouterr().err
+    assert "grids: " in capsys.readouterr().err

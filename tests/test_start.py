@@ -13,11 +13,11 @@ from conftest import save_detector, tiny_yaml
 from test_trainer import Killed, _callbacks, kill_in, options, rows, same, weights
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.experiment.distill import StockDistillation
 from focusdd_det.experiment.settings import check
 from focusdd_det.experiment.spec import read_experiment
-from focusdd_det.files import file_sha256
 from focusdd_det.trainer import FocusDDTrainer
 from focusdd_det.training.command import plan, train_overrides
 from focusdd_det.training.start import start_backbone

@@ -18,7 +18,7 @@ from interop_support import rename_classes
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from focusdd_det import detset
+from focusdd_det import detset, disk
 from focusdd_det.cli import main
 from focusdd_det.stats.command import short_names
 from focusdd_det.stats.curves import read_run
@@ -50,7 +50,7 @@ def boxed_set(folder: Path, count: int = 6, seed: int = 0, copies: bool = False)
             for s in (range(4) if again else range(4 * i, 4 * i + 4))
         )
         name = NAMES[i % 2]  # nothing is made for the third class
-        hashes = {part: files.sha256(data) for part, data in files.items()}
+        hashes = {part: disk.sha256(data) for part, data in files.items()}
         item = detset.Item(f"{name}-{i:04d}", name, i % 2, name, i, i, i, cells, n, hashes)
         for part, data in files.items():
             detset.part_path(folder, part, item).write_bytes(data)

@@ -28,7 +28,7 @@ from focusdd_det.bench.timing import compare, ratio, together
 from focusdd_det.build import _columns, build
 from focusdd_det.compose import assemble, cut, encode_jpeg, middle_square
 from focusdd_det.devices import device_of
-from focusdd_det.files import write_atomic
+from focusdd_det.disk import write_atomic
 from focusdd_det.layouts import Layout
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import Group, Plan, layouts_of, make_plan

@@ -15,8 +15,8 @@ from focusdd_det.bench.options import PARTS, Request
 from focusdd_det.commandline import parse_tokens, wants_help
 from focusdd_det.config import describe, load
 from focusdd_det.demo.quiet import keep_quiet
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import DiskError
-from focusdd_det.files import write_atomic
 
 SHIPPED = "bench.yaml"
 USAGE = """Measure a build and a training step beside their floor, in one run, and print ratios with their spread.

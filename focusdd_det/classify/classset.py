@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.errors import DataError, VerifyError
 from focusdd_det.sources import EXTENSIONS
 from focusdd_det.tree import entries_below
@@ -135,7 +135,7 @@ def _read_ours(folder: Path, split: str) -> ClassSet:
         keys.append(item.sha256["images"])
     if not paths:
         raise DataError(f"{folder}: its manifest lists no picture")
-    manifest = files.sha256((folder / "manifest.jsonl").read_bytes())
+    manifest = disk.sha256((folder / "manifest.jsonl").read_bytes())
     return ClassSet(folder, tuple(names), paths, np.array(classes, np.int64), keys, manifest, True)
 
 

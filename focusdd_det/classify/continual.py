@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from focusdd_det.commandline import wants_help
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, DiskError, Interrupted, VerifyError
-from focusdd_det.files import write_atomic
 from focusdd_det.seeds import seed_of
 
 log = logging.getLogger("focusdd")

@@ -14,8 +14,8 @@ from typing import Any
 
 from focusdd_det.commandline import read_options, wants_help
 from focusdd_det.config import suggest
+from focusdd_det.disk import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError
-from focusdd_det.files import INCOMPLETE, is_folder_name, write_atomic
 from focusdd_det.progress import progress_bar
 
 USAGE = """Write a data set as class folders: <out>/<class>/<number>.<ending>

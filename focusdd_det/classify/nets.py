@@ -20,8 +20,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from focusdd_det.config import suggest
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import WeightsError
-from focusdd_det.files import write_atomic
 from focusdd_det.selector import read_state, unsafe_kwargs
 
 TORCHVISION = ("resnet18", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0")

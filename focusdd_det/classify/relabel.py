@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focusdd_det import files, sealed
+from focusdd_det import disk, sealed
 from focusdd_det.ahead import ahead
 from focusdd_det.classify import store as logit_store
 from focusdd_det.classify.accuracy import Accuracy, accuracy
@@ -169,12 +169,12 @@ def relabel(config: RelabelConfig) -> RelabelResult:
     if config.topk > len(class_set.names):
         raise ConfigError(f"topk={config.topk}: there are only {len(class_set.names)} classes; topk=0 keeps all")
     out = _out(config, class_set)
-    work = out.with_name(out.name + files.INCOMPLETE)
+    work = out.with_name(out.name + disk.INCOMPLETE)
     eval_set = None
     if config.eval_data != NOT_MEASURED:
         eval_set = read_class_set(str(config.eval_data), "val", class_set.names)
     for target in (out, work):
-        files.refuse_overlap(target, [class_set.folder, *([eval_set.folder] if eval_set else [])])
+        disk.refuse_overlap(target, [class_set.folder, *([eval_set.folder] if eval_set else [])])
     device = device_of(config.device)
     teacher = load_classifier(
         str(config.teacher), config.teacher_weights, class_set.names, config.size, device, config.precision,

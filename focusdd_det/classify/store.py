@@ -28,8 +28,8 @@ from torch import Tensor
 
 from focusdd_det.classify.classset import ClassSet
 from focusdd_det.classify.views import FIELDS, Row, ViewSettings
+from focusdd_det.disk import sha256
 from focusdd_det.errors import ConfigError, VerifyError
-from focusdd_det.files import sha256
 from focusdd_det.sealed import DESCRIPTION, SEAL, Kind, check_file, open_sealed
 
 KIND = Kind("focusdd_det logits 1", "logits", "tools/relabel_cls.py", log="relabel.log.json")

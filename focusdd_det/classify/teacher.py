@@ -28,8 +28,8 @@ from focusdd_det.classify.nets import (
 )
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import read_yaml
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import FocusDDError, WeightsError
-from focusdd_det.files import file_sha256
 from focusdd_det.selector import read_state, state_digest
 
 log = logging.getLogger("focusdd")

@@ -39,8 +39,8 @@ from focusdd_det.classify.subsets import Subsets, SubsetSampler, SubsetViews
 from focusdd_det.classify.supervision import SOFT_KEY, SoftLabels
 from focusdd_det.classify.views import EvalDataset, ViewDataset, ViewSettings
 from focusdd_det.config import cfg_dir, read_yaml, without_keys
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, FocusDDError, VerifyError, WeightsError
-from focusdd_det.files import write_atomic
 from focusdd_det.training import exact_resume
 from focusdd_det.training.precision import bf16_on_cpu, class_scores, local_amp_check
 from focusdd_det.training.replay import replay_loader

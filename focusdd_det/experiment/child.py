@@ -47,7 +47,7 @@ def _run(file: Path) -> int:
 
             raise VerifyError(f"the training ended, but {stage['output']} holds no finished one; see its log above")
         if code == 0 and stage["kind"] not in ("build", "eval"):
-            from focusdd_det.files import write_atomic
+            from focusdd_det.disk import write_atomic
 
             told = {"seconds": round(time.monotonic() - began, 1), "argv": stage["argv"]}
             write_atomic(Path(stage["marker"]), (json.dumps(told) + "\n").encode())

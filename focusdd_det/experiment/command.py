@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 
 from focusdd_det.commandline import parse_tokens
 from focusdd_det.config import BuildConfig, ClassBuildConfig, read_yaml, suggest
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, DataError, FocusDDError
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
-from focusdd_det.files import write_atomic
 
 USAGE = """A grid of builds, trainings and evaluations, ending in one table with mean, spread and seeds, and a plot.
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from focusdd_det.disk import append_lines
 from focusdd_det.errors import DiskError, VerifyError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.spec import Experiment
-from focusdd_det.files import append_lines
 
 FILE = "results.jsonl"
 

@@ -16,7 +16,7 @@ from typing import IO
 
 import yaml
 
-from focusdd_det import files
+from focusdd_det import disk
 from focusdd_det.devices import processors
 from focusdd_det.errors import DiskError, FocusDDError
 from focusdd_det.experiment import results
@@ -90,9 +90,9 @@ def opened(experiment: Experiment, out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
-    with files.locked(out):
+    with disk.locked(out):
         try:
-            files.write_atomic(out / MARK, _description(experiment).encode())
+            disk.write_atomic(out / MARK, _description(experiment).encode())
             for name in PLACES:
                 (out / name).mkdir(exist_ok=True)
         except OSError as error:

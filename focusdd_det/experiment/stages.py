@@ -25,11 +25,12 @@ from typing import Any
 
 import yaml
 
-from focusdd_det import files
+from focusdd_det import disk
 from focusdd_det.build import MACHINE_KEYS, PACKAGES
 from focusdd_det.checkpoints import resolve_weights
 from focusdd_det.classmap import find_map
 from focusdd_det.config import SetConfig, as_plain, cfg_dir
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError, DataError, VerifyError, WeightsError
 from focusdd_det.experiment.grid import Arm
 from focusdd_det.experiment.settings import (
@@ -47,7 +48,6 @@ from focusdd_det.experiment.settings import (
     uses_targets,
 )
 from focusdd_det.experiment.spec import Experiment
-from focusdd_det.files import file_sha256
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import source_entry
 from focusdd_det.sources import tar_members
@@ -242,7 +242,7 @@ class Work:
     def begun(self, stage: Stage) -> bool:
         """Whether there is something that the stage goes on with."""
         if stage.kind in ("build", "targets", "relabel"):
-            return stage.output.with_name(stage.output.name + files.INCOMPLETE).is_dir()
+            return stage.output.with_name(stage.output.name + disk.INCOMPLETE).is_dir()
         return stage.kind in ("train", "distill") and (stage.output / "weights" / "last.pt").is_file()
 
     def marker(self, stage: Stage) -> Path:
@@ -424,7 +424,7 @@ def write_stage(work: Work, stage: Stage) -> Path:
     config = work.place("stages", f"{stage.name}.yaml")
     if stage.config:
         text = yaml.safe_dump(_plain(stage.config), sort_keys=False)
-        files.write_atomic(config, f"# {stage.kind}; written by focusdd experiment\n{text}".encode())
+        disk.write_atomic(config, f"# {stage.kind}; written by focusdd experiment\n{text}".encode())
     content = {
         "kind": stage.kind,
         "output": str(stage.output),
@@ -434,7 +434,7 @@ def write_stage(work: Work, stage: Stage) -> Path:
         "code": work.codes_until(stage),
     }
     file = work.place("stages", f"{stage.name}.json")
-    files.write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
+    disk.write_atomic(file, (json.dumps(content, indent=1) + "\n").encode())
     return file
 
 

@@ -21,8 +21,8 @@ from ultralytics.data.utils import img2label_paths
 
 from focusdd_det import coco_eval
 from focusdd_det.config import read_yaml, suggest
+from focusdd_det.disk import file_sha256, refuse_overlap
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.files import file_sha256, refuse_overlap
 from focusdd_det.interop.coco import boxes_of, categories, json_pieces, record
 from focusdd_det.interop.folders import new_folder, require_space
 from focusdd_det.labels import parse_rows

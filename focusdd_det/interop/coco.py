@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image as PILImage
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.detset import Item
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, DataError, VerifyError
-from focusdd_det.files import write_atomic
 from focusdd_det.interop.finished import FinishedSet
 from focusdd_det.interop.folders import new_folder
 from focusdd_det.labels import parse_rows
@@ -126,7 +126,7 @@ def export_coco(
     """
     require_detection(source)
     kinds = categories(source.names, numbering)
-    files.refuse_overlap(out, [source.folder])
+    disk.refuse_overlap(out, [source.folder])
     count = {"images": 0, "annotations": 0, "categories": len(kinds)}
     with new_folder(out) as work:
         (work / "annotations").mkdir()

@@ -10,8 +10,8 @@ from typing import Any, cast
 from focusdd_det.commandline import read_options, wants_help
 from focusdd_det.config import suggest
 from focusdd_det.detset import part_path
+from focusdd_det.disk import refuse_overlap, write_atomic
 from focusdd_det.errors import ConfigError, VerifyError
-from focusdd_det.files import refuse_overlap, write_atomic
 from focusdd_det.interop.finished import FinishedSet, open_set
 from focusdd_det.interop.folders import refuse_existing, require_space
 from focusdd_det.progress import progress_bar

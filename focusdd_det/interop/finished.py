@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.detset import Item
+from focusdd_det.disk import file_sha256, sha256
 from focusdd_det.errors import DataError, VerifyError
-from focusdd_det.files import file_sha256, sha256
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def open_set(folder: Path) -> FinishedSet:
     task = detset.task_of(folder)
     if task is None:
         raise DataError(f"{folder} is not a distilled set of this program (no build.yaml of one); give a set's folder")
-    if folder.name.endswith(files.INCOMPLETE) or not (folder / "COMPLETE").is_file():
+    if folder.name.endswith(disk.INCOMPLETE) or not (folder / "COMPLETE").is_file():
         raise VerifyError(f"{folder} is a set whose build has not finished; run the build again, it goes on")
     try:
         seal = json.loads((folder / "COMPLETE").read_text(encoding="utf-8"))

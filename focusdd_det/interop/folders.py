@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from focusdd_det import files
+from focusdd_det import disk
 from focusdd_det.errors import DiskError
 
 _MARK, _INSIDE = ".focusdd", "new"
@@ -24,7 +24,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             the disk is full.
     """
     refuse_existing(out)
-    work = out.with_name(out.name + files.INCOMPLETE)
+    work = out.with_name(out.name + disk.INCOMPLETE)
     if work.exists() and not (work / _MARK).is_file() and (not work.is_dir() or any(work.iterdir())):
         raise DiskError(f"{work} exists and was not begun by this command; move it away, or choose another `out`")
     try:
@@ -32,7 +32,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         (work / _MARK).touch()
     except OSError as error:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
-    with files.locked(work):
+    with disk.locked(work):
         try:
             _clear(work)
             (work / _INSIDE).mkdir()

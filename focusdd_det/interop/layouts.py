@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focusdd_det import files
+from focusdd_det import disk
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import suggest
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, DataError
-from focusdd_det.files import write_atomic
 from focusdd_det.interop.finished import FinishedSet
 from focusdd_det.interop.folders import new_folder
 
@@ -154,7 +154,7 @@ def _write(
         DiskError: `out` exists or cannot be written.
     """
     counts = _counts(source, about["format"])
-    files.refuse_overlap(out, [source.folder])
+    disk.refuse_overlap(out, [source.folder])
     per_class = sorted(set(counts.values()))
     content = {
         **about,

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import IO
 
 from focusdd_det import detset
+from focusdd_det.disk import file_sha256, write_atomic
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
-from focusdd_det.files import file_sha256, write_atomic
 from focusdd_det.interop.finished import open_set
 from focusdd_det.interop.folders import new_folder, refuse_existing, require_space
 from focusdd_det.interop.tar import BLOCK, RECORD, header, next_member, padding, unsafe

@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.ahead import ahead
 from focusdd_det.classmap import LEVELS, ClassMap, find_map, imagenet_synsets, read_class_map, read_folder_map
 from focusdd_det.commandline import command_config, wants_help
 from focusdd_det.config import describe, read_yaml
 from focusdd_det.devices import device_of
+from focusdd_det.disk import append_lines
 from focusdd_det.errors import ConfigError, DataError, DiskError
-from focusdd_det.files import append_lines
 from focusdd_det.maps.suggestions import (
     Change,
     Tally,
@@ -180,7 +180,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
     for entry in config.sources:
         places.append(_place(entry, class_map, {place.root.name for place in places}))
     out = Path(config.out)
-    files.refuse_overlap(out, [place.root.path for place in places])
+    disk.refuse_overlap(out, [place.root.path for place in places])
     for above in (out.resolve(), *out.resolve().parents):
         if detset.is_ours(above):
             raise ConfigError(f"out={out} lies in the set {above}, which is sealed by its hashes; choose another `out`")
@@ -309,7 +309,7 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {out}: {error.strerror}; choose another `out`") from error
-    with files.locked(out):
+    with disk.locked(out):
         _look_at_all(config, jobs, detector, class_map.names, out / LOOKS)
         tallies = [job.tally for job in jobs]
         wanted = changes(tallies, config.found_share, config.add_share, config.least)
@@ -319,11 +319,11 @@ def audit(config: AuditConfig, places: Sequence[_Place], jobs: Sequence[Job]) ->
             f"folder, seed {config.seed}. Found: a box with a score above {config.conf:g} at {config.imgsz} px."
         ]
         text = report(tallies, wanted, head, config.found_share)
-        files.write_atomic(out / "audit.md", text.encode())
-        files.write_atomic(out / "audit.json", _json(config, detector.sha256, tallies, wanted))
+        disk.write_atomic(out / "audit.md", text.encode())
+        disk.write_atomic(out / "audit.json", _json(config, detector.sha256, tallies, wanted))
         maps = suggestion_files(config, places, wanted, class_map)
         for name, data in maps.items():
-            files.write_atomic(out / name, data)
+            disk.write_atomic(out / name, data)
     print(text)
     print(f"{out}: audit.md, audit.json, {', '.join(maps)}")
     return wanted
@@ -361,7 +361,7 @@ def _read(job: Job, located: Located, known: Mapping[str, Any], config: AuditCon
         return _Read(job, "", bad=located.problem)
     try:
         data = located.read()
-        digest = files.sha256(data)
+        digest = disk.sha256(data)
         if digest in known:
             return _Read(job, digest, known=known[digest])
         picture = decode(data, config.imgsz, config.max_pixels)[0]

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.build import MACHINE_KEYS
 from focusdd_det.commandline import parse_tokens, wants_help
 from focusdd_det.config import BuildConfig, describe, load, parse_yaml, suggest
@@ -194,7 +194,7 @@ def _write(
         job.target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskError(f"cannot make {job.target.parent}: {error.strerror}; choose another `out`") from error
-    files.write_atomic(job.target, png)
+    disk.write_atomic(job.target, png)
     return found
 
 
@@ -308,7 +308,7 @@ def _check_out(out: Path, given: Sequence[Path]) -> None:
         ConfigError: see above.
         DiskError: `out` is no folder.
     """
-    files.refuse_overlap(out, [path for path in given if path.is_dir()])
+    disk.refuse_overlap(out, [path for path in given if path.is_dir()])
     for folder in (out.resolve(), *out.resolve().parents):
         if detset.is_ours(folder):
             raise ConfigError(f"out={out} lies in the distilled set {folder}, which is sealed; choose another `out`")
@@ -393,7 +393,7 @@ def _cells(
             data = located.read()
         except OSError as error:
             raise DataError(f"{item.id}: cannot read {located.file}: {error.strerror or error}") from error
-        if files.sha256(data) != cell.sha256:
+        if disk.sha256(data) != cell.sha256:
             raise DataError(f"{item.id}: {located.file} is another picture than the one the set was built from")
         place = Path(cell.folder) / Path(cell.path).name
         target = out / f"{item.id}_{number}_{cell.kind}_{_safe(place.stem)}.png"

@@ -26,8 +26,8 @@ from focusdd_det.compose import encode_jpeg, resize
 from focusdd_det.config import parse_yaml
 from focusdd_det.detset import Cell, Item, part_path, read_data_yaml, read_manifest, read_soft, task_of
 from focusdd_det.devices import processors
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, VerifyError
-from focusdd_det.files import write_atomic
 from focusdd_det.labels import parse_rows
 from focusdd_det.plugins import load_plugins
 from focusdd_det.progress import progress_bar
@@ -110,7 +110,7 @@ def write_gallery(folder: Path, out: Path, thumb: int = 160, maps: SourceMaps | 
 
     Raises:
         VerifyError: a file of the set is missing or damaged.
-        DiskError: see `files.write_atomic`.
+        DiskError: see `disk.write_atomic`.
     """
     identity, names = _identity(folder), read_data_yaml(folder)
     total = _lines(folder / "manifest.jsonl")

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.ahead import ahead
 from focusdd_det.compose import resize
 from focusdd_det.config import read_yaml
@@ -106,7 +106,7 @@ def read_set(folder: Path, name: str, vit: Selector | None = None, workers: int 
     """
     task = detset.task_of(folder)
     if task is None:
-        hint = " (it is still being built)" if folder.name.endswith(files.INCOMPLETE) else ""
+        hint = " (it is still being built)" if folder.name.endswith(disk.INCOMPLETE) else ""
         raise DataError(
             f"{folder}{hint} is no distilled set: expected a folder with the build.yaml of `focusdd build`, such as "
             "datasets/focusdd"
@@ -202,7 +202,7 @@ def _read(folder: Path, item: Item, part: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise VerifyError(f"{path}: {error.strerror}; the set is not whole: `focusdd verify {folder}`") from error
-    if files.sha256(data) != item.sha256[part]:
+    if disk.sha256(data) != item.sha256[part]:
         raise VerifyError(f"{path}: not the bytes that the manifest names; `focusdd verify {folder}` says what differs")
     return data
 
@@ -215,7 +215,7 @@ def _sealed(folder: Path) -> str:
         raise VerifyError(f"{folder} is not finished ({error}); run its build command again") from error
     if not detset.seals(folder, "manifest.jsonl", manifest):
         raise VerifyError(f"{folder / 'manifest.jsonl'}: not the bytes that COMPLETE names; `focusdd verify {folder}`")
-    return files.sha256(complete)
+    return disk.sha256(complete)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _check_out(out: Path, sets: Sequence[Path]) -> None:
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
-    from focusdd_det.files import write_atomic
+    from focusdd_det.disk import write_atomic
 
     try:
         out.mkdir(parents=True, exist_ok=True)

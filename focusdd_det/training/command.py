@@ -13,8 +13,8 @@ from focusdd_det import coco_eval
 from focusdd_det.checkpoints import resolve_weights
 from focusdd_det.commandline import wants_help
 from focusdd_det.config import cfg_dir, describe, read_yaml
+from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError
-from focusdd_det.files import file_sha256
 from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe
 from focusdd_det.training.precision import check_precision
 from focusdd_det.training.run_guard import run_to_end

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import WeightsError
-from focusdd_det.files import write_atomic
 
 TENSORS, SIDECAR = "resume.safetensors", "resume.json"
 FORMAT = 1

@@ -14,8 +14,8 @@ from ultralytics.utils.files import get_latest_run
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from focusdd_det.checkpoints import resolve_weights, safe_checkpoint, safe_read, safe_ultralytics
+from focusdd_det.disk import write_atomic
 from focusdd_det.errors import ConfigError, WeightsError
-from focusdd_det.files import write_atomic
 
 
 class WholePath(type(Path())):  # type: ignore[misc]

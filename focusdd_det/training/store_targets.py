@@ -27,7 +27,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import select_device
 
-from focusdd_det import files, sealed
+from focusdd_det import disk, sealed
 from focusdd_det.commandline import command_config, wants_help
 from focusdd_det.config import as_plain, describe, load
 from focusdd_det.devices import processors
@@ -225,8 +225,8 @@ class _Job:
             raise DataError(f"data={config.data} is not a distilled set, which is told from another by its manifest")
         data = load_yolo_data(self.source.yaml, "train")
         self.names = [str(data["names"][i]) for i in range(len(data["names"]))]
-        for target in (self.out(), self.out().with_name(self.out().name + files.INCOMPLETE)):
-            files.refuse_overlap(target, [self.source.folder])
+        for target in (self.out(), self.out().with_name(self.out().name + disk.INCOMPLETE)):
+            disk.refuse_overlap(target, [self.source.folder])
         self.device = select_device("" if config.device is None else str(config.device), verbose=False)
         self.teacher: Detector = load_detector(str(config.teacher), self.device, self.names, config.download)
         if self.teacher.end2end or self.teacher.reg_max == 1:

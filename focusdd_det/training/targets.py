@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from focusdd_det.disk import sha256
 from focusdd_det.errors import ConfigError, VerifyError
-from focusdd_det.files import sha256
 from focusdd_det.sealed import SEAL, Kind, check_file, open_sealed, short
 from focusdd_det.training.replay import LOOK, Pool, View
 from focusdd_det.training.sparse_heads import SparseHeads, join

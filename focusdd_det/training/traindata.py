@@ -19,7 +19,7 @@ import yaml
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import DATASETS_DIR, LOGGER, RANK, ROOT, USER_CONFIG_DIR
 
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.config import read_yaml
 from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.training.clean_data import CleanDataset
@@ -63,7 +63,7 @@ def resolve_data(data: str | os.PathLike[str] | None) -> TrainData:
         raise DataError("data= is missing; expected the folder of a distilled set, or a YOLO data.yaml")
     path = Path(data)
     if path.is_dir():
-        if path.name.endswith(files.INCOMPLETE):
+        if path.name.endswith(disk.INCOMPLETE):
             raise VerifyError(f"{path} is a set whose build has not finished; run the build again, it goes on")
         file = path / "data.yaml"
         if not file.is_file():
@@ -92,7 +92,7 @@ def _resolve_set(file: Path) -> TrainData:
     if RANK in {-1, 0}:
         _verify(folder, len(items))
     covered = tuple(dict.fromkeys(item.class_name for item in items))
-    return TrainData(file, folder, len(items), files.file_sha256(folder / "manifest.jsonl"), covered)
+    return TrainData(file, folder, len(items), disk.file_sha256(folder / "manifest.jsonl"), covered)
 
 
 def _verify(folder: Path, count: int) -> None:

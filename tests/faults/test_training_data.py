@@ -16,7 +16,7 @@ from conftest import NAMES, write_coco, write_set
 
 from faults.support import flip
 from faults.training import files_of, options, rows
-from focusdd_det import detset, files
+from focusdd_det import detset, disk
 from focusdd_det.cli import run_main
 from focusdd_det.errors import ConfigError, DataError, VerifyError
 from focusdd_det.trainer import FocusDDTrainer
@@ -129,7 +129,7 @@ def test_an_image_that_ultralytics_would_drop_stops_the_training(tmp_path: Path,
     tiny = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     (data / IMAGE).write_bytes(tiny)
     item = next(detset.read_manifest(data))
-    manifest(sha256={**item.sha256, "images": files.sha256(tiny)})(data)
+    manifest(sha256={**item.sha256, "images": disk.sha256(tiny)})(data)
     assert detset.verify(data) == []
     before = files_of(data)
     with pytest.raises(VerifyError, match="lists 4 composites, but Ultralytics keeps 3"):
