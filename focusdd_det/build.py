@@ -99,6 +99,7 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
         ConfigError, DataError, WeightsError, DiskError, VerifyError: see errors.py for the exit codes.
     """
     started = time.monotonic()
+    config = _at_home(config)
     plan = make_plan(config)
     log.info("%s", plan.table())
     out = _out(config)
@@ -118,11 +119,13 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     identity = _identity(config, plan, selector, grid, teacher)
     if _already_there(out, work, identity, config, plan, resume):
         return _result(out, plan, {"all": time.monotonic() - started})
+    if config.grow_from:
+        _growable(Path(config.grow_from), identity)
     _start(work, identity, config)
     seconds = {"plan": time.monotonic() - started}
     with disk.locked(work):
         if config.grow_from:
-            _grow(Path(config.grow_from), work, identity)
+            _grow(Path(config.grow_from), work)
         _require_space(work, plan, config, method)
         file = Path(config.scores or work / "scores.sqlite")
         store = ScoreStore(file, contents=bool(config.scores), entropy=config.least_entropy > 0)
@@ -156,6 +159,14 @@ def _places_of(root: Root) -> list[Path]:
     """Where a root's pictures lie: also those that a linked class folder leads to."""
     linked = [root.path / folder for folder in root.folders if (root.path / folder).is_symlink()]
     return [root.path, *linked]
+
+
+def _at_home(config: SetConfig) -> SetConfig:
+    """With `~` of the paths as the user's home, as a shell has it."""
+    paths = ("out", "scores", "grow_from", "teacher", "selector", "selector_weights", "class_map")
+    given = {key: getattr(config, key, None) for key in paths}
+    home = {key: str(Path(value).expanduser()) for key, value in given.items() if value and value.startswith("~")}
+    return replace(config, **home)  # type: ignore[arg-type]
 
 
 def _out(config: SetConfig) -> Path:
@@ -263,22 +274,38 @@ def _already_there(
 
 
 def _warn_of_other_sources(out: Path, plan: Plan) -> None:
-    """Say so when a set was built from folders at another place: their content is not compared."""
+    """Say so when a set was built from folders at another place, or of another number of pictures."""
     try:
-        before = json.loads((out / "build.log.json").read_text(encoding="utf-8"))["sources"]
+        log_of = json.loads((out / "build.log.json").read_text(encoding="utf-8"))
+        before, pictures = log_of["sources"], log_of.get("pictures", plan.sources)
     except (OSError, ValueError, KeyError, TypeError):
         return
     now = {root.name: str(root.path) for root in plan.roots}
     if before != now:
         advice = "If the pictures differ, choose another `out`, or move the set away"
         log.warning("%s was built from %s, not from %s. %s", out, before, now, advice)
+    elif pictures != plan.sources:
+        log.warning(
+            "%s was built when there were %d pictures; the %d that are there now were not looked at. Choose another "
+            "`out` to build from these, or overwrite=true to replace it",
+            out, pictures, plan.sources,
+        )  # fmt: skip
 
 
 def _refusal(what: str, changed: Sequence[str]) -> str:
     listed = "\n  ".join(changed[:20])
-    return (
-        f"{what}:\n  {listed}\nGive the same one to go on, another `out` to begin anew, or overwrite=true to replace it"
+    grown = (
+        ", another `out` with grow_from= to begin with its composites (for a larger ipc)" if _is_ipc(changed) else ""
     )
+    return (
+        f"{what}:\n  {listed}\nGive the same one to go on, another `out` to begin anew{grown}, or overwrite=true to "
+        "replace it"
+    )
+
+
+def _is_ipc(changed: Sequence[str]) -> bool:
+    """Whether nothing but the ipc differs."""
+    return len(changed) == 1 and changed[0].startswith("config.ipc:")
 
 
 def _reopen(out: Path, work: Path, identity: dict[str, Any]) -> None:
@@ -329,8 +356,14 @@ def _start(work: Path, identity: dict[str, Any], config: SetConfig) -> None:
         raise DiskError(f"cannot make {work}: {error.strerror}; choose another `out`") from error
 
 
-def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
-    """Take the composites of a complete smaller set over, byte for byte; the build then goes on behind them."""
+def _growable(source: Path, identity: dict[str, Any]) -> None:
+    """Whether a set is whole, and a smaller one of what is asked for.
+
+    Raises:
+        ConfigError, VerifyError: it is not.
+    """
+    if not detset.is_ours(source):
+        raise ConfigError(f"grow_from={source}: there is no distilled set there; expected the folder of a smaller one")
     problems = detset.verify(source)
     if problems:
         raise VerifyError(f"grow_from={source} is not an intact set:\n  " + "\n  ".join(problems[:10]))
@@ -341,6 +374,10 @@ def _grow(source: Path, work: Path, identity: dict[str, Any]) -> None:
         raise ConfigError(f"grow_from={source}: only a larger ipc may differ, but:\n  {listed}")
     if identity["config"]["selection"] != "grow":
         raise ConfigError("grow_from: selection=paper depends on the ipc and cannot be grown; use selection=grow")
+
+
+def _grow(source: Path, work: Path) -> None:
+    """Take the composites of a complete smaller set over, byte for byte; the build then goes on behind them."""
     have = {item.line() for item in detset.read_manifest(work, tolerant=True) if detset.intact(work, item)}
     for item in detset.read_manifest(source):
         if item.line() not in have:
@@ -490,6 +527,7 @@ def _finish(
     build_log = {
         "command": sys.argv,
         "sources": {root.name: str(root.path) for root in plan.roots},
+        "pictures": plan.sources,
         "settings": {key: value for key, value in as_plain(config).items() if key in MACHINE_KEYS},
         "torch_threads": torch.get_num_threads(),
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "device": device_of(config.device)},

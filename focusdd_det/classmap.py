@@ -78,7 +78,7 @@ def find_map(name: str) -> Path:
     for candidate in (path, cfg_dir() / name, cfg_dir() / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    shipped = sorted(p.name for p in cfg_dir().glob("*_*.yaml"))
+    shipped = sorted(p.name for p in cfg_dir().glob("*coco*.yaml"))
     raise DataError(f"no class map {name}: expected a YAML file, or one of cfg/: {', '.join(shipped)}")
 
 

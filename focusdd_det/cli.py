@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from focusdd_det import __version__
-from focusdd_det.commandline import command_config, read_options, wants_help
+from focusdd_det.commandline import command_config, read_options, spelled, wants_help
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, describe, suggest
 from focusdd_det.errors import DISK_FULL, ConfigError, DiskError, FocusDDError, VerifyError
 
@@ -134,10 +134,11 @@ def _build(argv: Sequence[str], kind: type[SetConfig], shipped: str, usage: str)
     result = build(config, resume=flags["resume"])
     print(f"{result.folder}: {result.composites} composites, {len(result.covered)} classes covered")
     if isinstance(config, BuildConfig):
-        after = f"train_det.py model=yolo11n.yaml data={result.folder} teacher={config.teacher} epochs=100"
+        words = ["model=yolo11n.yaml", f"data={result.folder}", f"teacher={config.teacher}", "epochs=100"]
+        print(f"next: {spelled('detect train', *words)}")
     else:
-        after = f"relabel_cls.py data={result.folder} teacher=resnet18 teacher_weights=... eval_data=imagenet/val"
-    print(f"next: python tools/{after}")
+        words = [f"data={result.folder}", "teacher=resnet18", "teacher_weights=...", "eval_data=imagenet/val"]
+        print(f"next: {spelled('classify relabel', *words)}")
     return 0
 
 
@@ -153,6 +154,8 @@ def verify_command(argv: Sequence[str]) -> int:
     from focusdd_det.detset import read_manifest, verify
 
     folder = Path(argv[0])
+    if not folder.is_dir():
+        raise VerifyError(f"{folder} is not there; expected the folder of a distilled set")
     problems = verify(folder)
     if problems:
         raise VerifyError(f"{folder} is not intact:\n  " + "\n  ".join(problems))

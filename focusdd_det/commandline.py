@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,15 @@ from focusdd_det.config import convert, load, shown, suggest, text_or_scalar
 from focusdd_det.errors import ConfigError
 
 T = TypeVar("T")
+SCRIPTS = {
+    "build": "build_det_set.py",
+    "detect train": "train_det.py",
+    "detect val": "val_coco.py",
+    "detect targets": "store_targets.py",
+    "classify build": "build_cls_set.py",
+    "classify relabel": "relabel_cls.py",
+    "classify train": "train_cls.py",
+}  # command -> its script in tools/
 
 
 def wants_help(argv: Sequence[str]) -> bool:
@@ -122,3 +133,15 @@ def read_options(
     if problems:
         raise ConfigError(f"{command}: " + "; ".join(problems) + "; --help shows examples")
     return found
+
+
+def spelled(command: str, *words: object) -> str:
+    """A command to be copied into a shell: quoted where that is needed, and as the script of tools/ if one is running.
+
+    Args:
+        command: as in `focusdd detect train`, without the program.
+    """
+    program = Path(sys.argv[0])
+    ours = program.name in SCRIPTS.values()
+    first = ["python", str(program.with_name(SCRIPTS[command]))] if ours else ["focusdd", *command.split()]
+    return shlex.join([*first, *map(str, words)])

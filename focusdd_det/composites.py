@@ -154,7 +154,7 @@ def _compose_all(bench: Bench) -> list[Item]:
     if bad > config.max_bad * (good + bad):
         raise DataError(
             f"{bad} of {good + bad} sources cannot be used, more than max_bad={config.max_bad:g} allows; "
-            f"{judged.last}. Check the source folders and run the same command again, or raise max_bad"
+            f"{'; '.join(judged.named)}. Check the source folders and run the same command again, or raise max_bad"
         )
     return [item for group in bench.plan.groups for item in bench.made.get(group.name, [])]
 

@@ -24,7 +24,8 @@ def device_of(name: str) -> str:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}; expected auto, cpu or cuda:0") from error
+        known = "auto, cpu or cuda:0" if torch.cuda.is_available() else "auto or cpu, as no GPU can be used here"
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}; expected {known}") from error
     return device
 
 

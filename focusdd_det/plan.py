@@ -296,13 +296,17 @@ def _groups(
     counts: Counter[tuple[str, str]] = Counter()  # (class, folder) -> files
     shared: dict[str, set[str]] = {}
     sizes: dict[str, array[int]] = defaultdict(lambda: array("q"))  # class -> bytes of each file
+    left_out: Counter[str] = Counter()
     for root in roots:
-        for located in stream(root):
+        for located in stream(root, left_out=left_out):
             counts[located.source.group, located.source.folder] += 1
             sizes[located.source.group].append(located.size)
         for folder in root.folders:
             shared.setdefault(folder, set()).add(root.name)
     notes += _copies(roots, sizes)
+    if left_out:
+        kinds = ", ".join(sorted(left_out))
+        notes.append(f"{sum(left_out.values())} files of formats that are not read are left out ({kinds}): make JPEGs")
     doubled = sorted(folder for folder, names in shared.items() if len(names) > 1)
     if doubled:
         notes.append(f"folders found in several sources, taken together: {', '.join(doubled[:10])}")
@@ -349,6 +353,7 @@ def _groups(
         problems.append(
             f"no class has the {per_composite} sources that one composite takes; "
             f"found {sum(counts.values())} pictures in {len(counts)} folders"
+            + (f", and {sum(left_out.values())} files of formats that are not read ({kinds})" if left_out else "")
         )
     covered = {group.class_name for group in groups}
     uncovered = tuple(name for name in class_map.names if name not in covered)

@@ -213,6 +213,11 @@ def load_selector(
     try:
         model = backbone.build(view)
     except Exception as error:  # timm and a user's own code may raise anything
+        if isinstance(backbone, TimmViT) and weights is None and not backbone.cached:
+            raise WeightsError(
+                f"selector={name}: its weights could not be fetched ({str(error)[:300]}); try again, or give the file "
+                "with selector_weights=PATH"
+            ) from error
         who, choose = ("timm cannot build it", "; choose a ViT") if of_timm else ("it cannot be built", "")
         raise WeightsError(f"selector={name}: {who} at view={view} ({error}){choose}") from error
     if of_timm and (problems := problems_of(model)):
@@ -302,7 +307,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
         WeightsError: missing, damaged, not tensors, or a pickle that would run code.
     """
     if not path.is_file():
-        raise WeightsError(f"no checkpoint at {path}; expected the selector's weights (.safetensors or .pth)")
+        raise WeightsError(f"no checkpoint at {path}; expected weights (.safetensors or .pth)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

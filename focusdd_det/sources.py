@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,17 @@ from focusdd_det.types import Source
 
 MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+OTHER = (
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jxl",
+    ".jp2",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+)  # photographs that are not read here
 
 
 @dataclass(frozen=True)
@@ -109,11 +121,14 @@ def tar_members(path: Path) -> Iterator[tarfile.TarInfo]:
         yield from _members(archive, path)
 
 
-def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Located]:
+def stream(
+    root: Root, folders: Collection[str] | None = None, left_out: Counter[str] | None = None
+) -> Iterator[Located]:
     """All picture files of a root whose class folder is in `root.folders` (and in `folders`, if given).
 
     Things that look like pictures but cannot be one (a folder named x.JPEG, a link that goes in circles, an archive
-    member with a path that leads outside) come with a `problem` instead of being passed over.
+    member with a path that leads outside) come with a `problem` instead of being passed over. Photographs of
+    formats that are not read are counted in `left_out` by their endings.
     """
     wanted = {f for f in root.folders if folders is None or f in folders}
     if root.path.is_file():
@@ -121,7 +136,7 @@ def stream(root: Root, folders: Collection[str] | None = None) -> Iterator[Locat
         return
     for folder in sorted(wanted):
         if (root.path / folder).is_dir():
-            yield from _stream_folder(root, root.path / folder, folder)
+            yield from _stream_folder(root, root.path / folder, folder, left_out)
         archive = root.path / f"{folder}.tar"
         if archive.is_file():
             yield from _stream_tar(root, archive, f"{archive.name}!", wanted, folder)
@@ -136,9 +151,11 @@ def locate(root: Root, path: str, folder: str, group: str, offset: int | None, s
     return Located(Source(root.name, path, folder, group), file, size, mtime_ns, offset)
 
 
-def _stream_folder(root: Root, start: Path, folder: str) -> Iterator[Located]:
+def _stream_folder(root: Root, start: Path, folder: str, left_out: Counter[str] | None) -> Iterator[Located]:
     for entry in entries_below(start, enter=lambda name: not _looks_like_picture(name)):
         if not _looks_like_picture(entry.name):
+            if left_out is not None and entry.name.lower().endswith(OTHER):
+                left_out[Path(entry.name).suffix.lower()] += 1
             continue
         problem = None
         size = mtime = 0

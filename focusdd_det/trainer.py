@@ -48,7 +48,7 @@ from focusdd_det.training.run_files import (
 )
 from focusdd_det.training.run_guard import guarded
 from focusdd_det.training.start import start_argument, start_backbone
-from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion
+from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion, refuse_unsupported
 from focusdd_det.training.targets import VIEWS, TargetStore, as_stored
 from focusdd_det.training.traindata import check_count, load_yolo_data, rename_classes, resolve_data, resolved_yaml
 
@@ -127,18 +127,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         before = {key: resumed[key] for key in OWN_KEYS if key in resumed}
         _refuse_changes(before, self.own_given)
         self.options = Options.of({**before, **self.own_given})
-        if str(self.args.cache).lower() == "disk":
-            raise ConfigError("cache=disk writes beside the pictures; give cache=ram, or leave it out")
-        if self.args.split != "val":
-            raise ConfigError(f"split={self.args.split}: a training is measured on the val split of eval_data= alone")
-        if self.args.distill_model is not None:
-            raise ConfigError(
-                "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
-                "trainer (yolo train ...), or drop it and give teacher= here"
-            )
+        refuse_unsupported(vars(self.args), self.options)
         check_precision(self.options.precision, self.args.device, self.args.amp)
-        if self.args.single_cls and (self.options.uses_teacher or self.options.uses_targets):
-            raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
         self.source = resolve_data(self.args.data)
         self.args.data = str(self.source.yaml)
         run = Path(get_save_dir(self.args))
@@ -253,6 +243,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
                     f"  training: {', '.join(data['names'].values())}\n"
                     f"  evaluation: {', '.join(self.eval_source['names'].values())}"
                 )
+            if self.source.folder is not None and self.eval_source["val"] == data["train"]:
+                LOGGER.warning(f"{PREFIX}eval_data is the training set: its mAP is no measure of quality")
             self.annotations = self._find_annotations(data)
         else:
             self.args.val = False
@@ -266,6 +258,10 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
             return None
         found = Path(given) if given else coco_eval.usual_annotations(self.eval_source)
         if found is None:
+            LOGGER.warning(
+                f"{PREFIX}no annotations JSON beside eval_data={self.options.eval_data}: no COCO mAP will be quoted. "
+                "Give one with eval_annotations=, or make one with `focusdd annotations`"
+            )
             return None
         truth = coco_eval.load_annotations(found)
         coco_eval.class_map([str(n) for n in data["names"].values()], truth)  # fail now, not after the training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -202,6 +203,33 @@ def test_a_larger_ipc_begins_like_a_smaller_one_and_can_grow_from_it(made: Path,
     assert all(large[name] == small[name] for name in parts)
     with pytest.raises(ConfigError, match=r"config\.seed"):
         make(bench, tmp_path / "other", ipc=3, seed=5, grow_from=str(made))
+    with pytest.raises(ConfigError, match="no distilled set there"):
+        make(bench, tmp_path / "other", ipc=3, grow_from=str(tmp_path / "nowhere"))
+    assert not list(tmp_path.glob("other*"))  # nothing was begun that would stand in the way of the next command
+    with pytest.raises(ConfigError, match="with grow_from="):
+        make(bench, made, ipc=3)
+
+
+def test_pictures_that_came_later_are_named(bench: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sources = shutil.copytree(bench / "sources", tmp_path / "sources")
+    folder = make(bench, tmp_path / "set", sources=[str(sources)])
+    before = tree(folder)
+    some = next(path for path in sorted(sources.rglob("*")) if path.is_file())
+    shutil.copy(some, some.with_name("later" + some.suffix))
+    some.with_name("phone.HEIC").write_bytes(b"x")
+    with caplog.at_level(logging.INFO, logger="focusdd"):
+        make(bench, folder, sources=[str(sources)])
+    assert "that are there now were not looked at" in caplog.text
+    assert "1 files of formats that are not read are left out (.heic)" in caplog.text
+    assert tree(folder) == before
+
+
+def test_a_path_may_begin_at_home(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make(bench, Path("~/set"))
+    assert verify(tmp_path / "set") == []
+    assert not (tmp_path / "~").exists()
 
 
 def test_scores_are_kept_for_the_next_build(

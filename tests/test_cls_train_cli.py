@@ -150,7 +150,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     monkeypatch.setitem(default_callbacks, "on_train_batch_end", [stop])
     assert run_main(command, words(tmp_path, pictures, every=1)) == 130
     last = tmp_path / "runs" / "run" / "weights" / "last.pt"
-    assert f"python tools/train_cls.py resume={last}" in capsys.readouterr().err
+    assert f"focusdd classify train resume={last}" in capsys.readouterr().err
     monkeypatch.setitem(default_callbacks, "on_train_batch_end", [])
     assert run_main(command, [f"resume={last}"]) == 0
 

@@ -51,6 +51,8 @@ def test_words_become_keys_and_values(words: list[str], expected: dict[str, Any]
         (["xyzzy=3", "epoch=3"], "`xyzzy`; --help lists the options\nunknown option `epoch`"),
         (["--epochs"], "epochs needs a value"),
         (["epochs="], "has no value"),
+        (["project=", "--dry-run"], "project= has no value"),
+        (["teacher=", "epochs=3"], "teacher= has no value"),
         (["freeze=[0,1"], "unmatched bracket"),
     ],
 )
@@ -106,6 +108,13 @@ def test_help_lists_every_own_key_and_parses(capsys: pytest.CaptureFixture[str])
         (["epochs=many", "supervision=labels", "data=x"], 2),
         (["supervision=nothing"], 2),
         (["supervision=labels", "data=/nowhere"], 3),
+        (["supervision=labels", "data=SET", "device=cpu0"], 2),
+        (["supervision=labels", "data=SET", "device=cuda:99"], 2),
+        (["supervision=labels", "data=SET", "optimizer=Foo"], 2),
+        (["supervision=labels", "data=SET", "batch=2.5"], 2),
+        (["supervision=labels", "data=SET", "batch=0"], 2),
+        (["supervision=labels", "data=SET", "imgsz=0"], 2),
+        (["supervision=labels", "data=SET", "freeze=abc"], 2),
         (["teacher=/nowhere.pt", "data=SET"], 4),
     ],
 )
@@ -127,6 +136,30 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["model=yolo11n-seg.yaml", "distill_model=x.pt", "split=test", "single_cls=True", "cache=disk"],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    word: str, drawn_set: Path, teacher_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"data={drawn_set}", f"teacher={teacher_file}", word, f"project={tmp_path / 'runs'}"]
+    assert main(["detect", "train", *words, "--dry-run"]) == 2
+    assert main(["detect", "train", *words]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_follows_a_training_can_be_copied(
+    drawn_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from focusdd_det.commandline import spelled
+
+    assert spelled("detect train", "data=my set/é") == "focusdd detect train 'data=my set/é'"
+    monkeypatch.setattr("sys.argv", ["tools/build_det_set.py", "--ipc", "1"])
+    assert spelled("detect val", "model=last.pt") == "python tools/val_coco.py model=last.pt"
+
+
 def test_train_then_val(
     drawn_set: Path, teacher_file: Path, drawn_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +167,8 @@ def test_train_then_val(
     small = ["epochs=1", "imgsz=64", "batch=5", "device=cpu", "plots=False", f"project={tmp_path}", "name=run"]
     assert main(["detect", "train", *words, *small]) == 0
     last = tmp_path / "run" / "weights" / "last.pt"
+    said = capsys.readouterr()
+    assert f"focusdd detect val model={last} data=datasets/coco.yaml set={drawn_set}" in said.out + said.err
     out = tmp_path / "result.json"
     more = [f"data={drawn_coco}", f"set={drawn_set}", "imgsz=64", "device=cpu", f"out={out}"]
     assert main(["detect", "val", f"model={last}", *more]) == 0
@@ -152,6 +187,7 @@ def test_train_then_val(
         (["model=TEACHER", "annotations=/nowhere.json", "images=/nowhere"], 3),
         (["model=/nowhere.pt", "annotations=/nowhere.json", "images=/nowhere"], 4),
         (["model=TEACHER", "data=DATA", "imgsz=big"], 2),
+        (["model=TEACHER", "data=DATA", "device=cuda:99"], 2),
     ],
 )
 def test_val_exit_codes(words: list[str], code: int, teacher_file: Path, drawn_coco: Path) -> None:

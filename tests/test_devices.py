@@ -34,7 +34,7 @@ def test_auto_takes_a_gpu_if_there_is_one(there: bool, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "99", "", "0,1"])
 def test_a_device_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"device={name}: .*expected auto, cpu or cuda:0"):
+    with pytest.raises(ConfigError, match=f"device={name}: .*expected auto"):
         device_of(name)
 
 

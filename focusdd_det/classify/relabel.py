@@ -34,7 +34,7 @@ from focusdd_det.classify.classset import ClassSet, read_class_set
 from focusdd_det.classify.store import KIND, LogitStore, epoch_name
 from focusdd_det.classify.teacher import ClassTeacher, load_classifier
 from focusdd_det.classify.views import Row, ViewDataset, ViewSettings
-from focusdd_det.commandline import command_config, wants_help
+from focusdd_det.commandline import command_config, spelled, wants_help
 from focusdd_det.config import as_plain, describe, load
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
@@ -139,7 +139,7 @@ def relabel_command(argv: Sequence[str]) -> int:
         words.append(f"imgsz={config.size}")
     if config.topk:  # the rest was summed at it
         words.append(f"temperature={config.temperature}")
-    print("next: python tools/train_cls.py " + " ".join(words))
+    print(f"next: {spelled('classify train', *words)}")
     return 0
 
 

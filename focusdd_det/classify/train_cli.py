@@ -47,7 +47,7 @@ def train(argv: Sequence[str]) -> int:
         return 0
     from focusdd_det.classify.trainer import FocusDDClassificationTrainer
 
-    return run_to_end(FocusDDClassificationTrainer(overrides=overrides), "train_cls.py")
+    return run_to_end(FocusDDClassificationTrainer(overrides=overrides), "classify train")
 
 
 def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str, Any]:

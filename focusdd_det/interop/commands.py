@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from focusdd_det.commandline import read_options, wants_help
+from focusdd_det.commandline import read_options, spelled, wants_help
 from focusdd_det.config import suggest
 from focusdd_det.detset import part_path
 from focusdd_det.disk import refuse_overlap, write_atomic
@@ -206,7 +206,7 @@ def annotations_command(argv: Sequence[str]) -> int:
         return 0
     with progress_bar(len(truth.pictures), "pictures") as bar:
         annotations.write_truth(truth, out, bar.update)
-    print(f"{told}\nnext: python tools/val_coco.py model=... data={out}")
+    print(f"{told}\nnext: {spelled('detect val', 'model=...', f'data={out}')}")
     return 0
 
 

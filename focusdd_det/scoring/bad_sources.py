@@ -6,6 +6,7 @@ from collections import Counter
 
 from focusdd_det.errors import DataError
 
+NAMED = 10  # bad sources that a message lists
 MIN_JUDGED = 50  # sources before the share of bad ones may stop a build before its end
 
 
@@ -17,7 +18,7 @@ class Judged:
         self.seen = 0
         self.bad = 0
         self.reasons: Counter[str] = Counter()
-        self.last = ""
+        self.named: list[str] = []
 
     def add(self, source: object, reason: str) -> None:
         """Count one source; an empty reason means that it can be used.
@@ -29,7 +30,8 @@ class Judged:
         if reason:
             self.bad += 1
             self.reasons[reason if len(self.reasons) < 100 else "others"] += 1
-            self.last = f"{source}: {reason}"
+            if len(self.named) < NAMED:
+                self.named.append(f"{source}: {reason}")
             if self.seen >= MIN_JUDGED:
                 self.end()
 
@@ -41,7 +43,8 @@ class Judged:
         """
         if self.bad > self.limit * self.seen:
             summary = "\n  ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(10))
+            listed = "\n  ".join(self.named)
             raise DataError(
                 f"{self.bad} of the first {self.seen} sources cannot be used, more than max_bad={self.limit:g} allows:"
-                f"\n  {summary}\nThe last one: {self.last}. Check the source folders, or raise max_bad"
+                f"\n  {summary}\nThe first of them:\n  {listed}\nCheck the source folders, or raise max_bad"
             )

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from ultralytics.cfg import get_cfg, smart_value
 from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det.config import cfg_dir, read_yaml
 from focusdd_det.errors import ConfigError
@@ -32,6 +34,9 @@ VERBATIM = (
     "images",
     "out",
 )
+_OPTIMIZERS = {
+    name.lower(): name for name in ("Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD", "MuSGD", "auto")
+}  # as Ultralytics has them
 
 
 def train_keys(own: Iterable[str]) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def parse(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     unknown: list[str] = []
-    tokens = _join(argv)
+    tokens = _join(argv, known)
     while tokens:
         token = tokens.pop(0)
         key, equals, value = token.lstrip("-").partition("=") if token.startswith("--") else token.partition("=")
@@ -105,13 +110,15 @@ def parse(argv: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _join(argv: Sequence[str]) -> list[str]:
-    """Undo what a shell splits: `a = b`, `a= b`, and lists with spaces."""
+def _join(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """Undo what a shell splits: `a = b`, `a= b`, and lists with spaces. An option that follows is no value."""
     tokens: list[str] = []
     depth = 0
     glue = False
     for word in argv:
         starts = word == "=" or (word.startswith("=") and bool(tokens))
+        option = word.startswith("--") or ("=" in word and word.partition("=")[0].replace("-", "_") in known)
+        glue = glue and not option
         if tokens and (depth or glue or starts):
             tokens[-1] += word
         else:
@@ -160,9 +167,44 @@ def check_stock(overrides: Mapping[str, Any], task: str) -> None:
         get_cfg(overrides=stock)
     except (TypeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"Ultralytics refuses the arguments: {error}") from error
+    _check_ranges(stock)
     if stock.get("task", task) != task or stock.get("mode", "train") != "train":
         what = {"detect": "detectors", "classify": "classifiers"}[task]
         raise ConfigError(f"this trains {what}: leave out task= and mode=, or use `yolo` for the other ones")
+
+
+def device_here(device: Any) -> torch.device:
+    """As Ultralytics finds it.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    try:
+        found: torch.device = select_device("" if device is None else str(device), verbose=False)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split("\n\n")[0].split())
+        raise ConfigError(f"device={device}: {reason or 'there is none of that name here'}") from error
+    return found
+
+
+def _check_ranges(stock: Mapping[str, Any]) -> None:
+    """What Ultralytics finds out late, or trains with all the same.
+
+    Raises:
+        ConfigError: all of it at once.
+    """
+    wrong = []
+    batch, imgsz, freeze = stock.get("batch", 16), stock.get("imgsz", 640), stock.get("freeze")
+    if isinstance(batch, (int, float)) and not (batch == -1 or 0 < batch < 1 or (batch >= 1 and batch == int(batch))):
+        wrong.append(f"batch={batch}: expected a whole number from 1 on, -1, or a share of the GPU's memory below 1")
+    if any(isinstance(side, (int, float)) and side < 1 for side in (imgsz if isinstance(imgsz, list) else [imgsz])):
+        wrong.append(f"imgsz={imgsz}: expected a number of pixels from 1 on")
+    if not isinstance(freeze, (list, tuple, int, type(None))) or isinstance(freeze, bool):
+        wrong.append(f"freeze={freeze}: expected the number of layers, or a list of their numbers")
+    if stock.get("optimizer") is not None and str(stock["optimizer"]).lower() not in _OPTIMIZERS:
+        wrong.append(f"optimizer={stock['optimizer']}: expected one of {', '.join(_OPTIMIZERS.values())}")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
 def listed(values: Mapping[str, Any]) -> str:

@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils.torch_utils import select_device
-
 from focusdd_det import coco_eval
 from focusdd_det.checkpoints import resolve_weights
-from focusdd_det.commandline import wants_help
+from focusdd_det.commandline import spelled, wants_help
 from focusdd_det.config import cfg_dir, describe, read_yaml
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError
-from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe
+from focusdd_det.training.arguments import check_stock, device_here, listed, parse, train_keys, with_recipe
 from focusdd_det.training.precision import check_precision
+from focusdd_det.training.run_files import model_argument
 from focusdd_det.training.run_guard import run_to_end
 from focusdd_det.training.start import start_argument
-from focusdd_det.training.supervision import Options
+from focusdd_det.training.supervision import Options, refuse_unsupported
 from focusdd_det.training.targets import TargetStore
 from focusdd_det.training.traindata import load_yolo_data, resolve_data
 
@@ -96,7 +95,12 @@ def train(argv: Sequence[str]) -> int:
         return 0
     from focusdd_det.trainer import FocusDDTrainer
 
-    return run_to_end(FocusDDTrainer(overrides=overrides), "train_det.py")
+    trainer = FocusDDTrainer(overrides=overrides)
+    run_to_end(trainer, "detect train")
+    if not trainer.options.eval_data:
+        of_set = [] if trainer.source.folder is None else [f"set={trainer.source.folder}"]
+        print(f"next: {spelled('detect val', f'model={trainer.last}', 'data=datasets/coco.yaml', *of_set)}")
+    return 0
 
 
 def train_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,10 +118,12 @@ def plan(overrides: Mapping[str, Any]) -> str:
     if overrides.get("resume"):
         return f"resume {overrides['resume']} with {listed({k: v for k, v in overrides.items() if k != 'resume'})}"
     options = Options.of(overrides)
+    refuse_unsupported(overrides, options)
     check_precision(options.precision, overrides.get("device"), overrides.get("amp", True))
+    model = model_argument(overrides.get("model"), options.download)
     data = resolve_data(overrides.get("data"))
     names = load_yolo_data(data.yaml, "train")["names"]
-    lines = [f"model         {overrides.get('model')}", f"data          {data}", f"classes       {len(names)}"]
+    lines = [f"model         {model}", f"data          {data}", f"classes       {len(names)}"]
     if options.backbone:
         file = Path(start_argument(overrides, options.download))
         lines.insert(1, f"backbone      {file} (sha256 {file_sha256(file)[:12]})")
@@ -134,7 +140,10 @@ def plan(overrides: Mapping[str, Any]) -> str:
     if options.eval_data:
         evaluation = load_yolo_data(resolve_data(options.eval_data).yaml, "val")
         annotations = options.eval_annotations or coco_eval.usual_annotations(evaluation)
-        lines += [f"evaluated on  {evaluation['val']}", f"COCO mAP from {annotations or 'no annotations: none'}"]
+        lines += [
+            f"evaluated on  {evaluation['val']}",
+            f"COCO mAP from {annotations or 'nothing: no annotations JSON was found; give eval_annotations='}",
+        ]
     else:
         lines.append("evaluated on  nothing (no eval_data): no mAP will be quoted")
     ours = {
@@ -182,7 +191,7 @@ def val_coco(argv: Sequence[str]) -> int:
         if not covered:
             raise ConfigError(f"set={options['set']} is not a distilled set of ours; give covered=name,name instead")
         covered = coco_eval.known_of(covered, annotations)
-    device = select_device("" if options["device"] is None else str(options["device"]), verbose=False)
+    device = device_here(options["device"])
     numbers = {key: options[key] for key in ("imgsz", "batch", "conf", "iou", "max_det", "subset", "end2end")}
     result = coco_eval.evaluate(weights, annotations, images, device=str(device), covered=covered, **numbers)
     print(result.table())
@@ -201,6 +210,7 @@ def _check_values(overrides: Mapping[str, Any]) -> None:
     if not overrides.get("resume"):
         Options.of(overrides)
     check_stock(overrides, "detect")
+    device_here(overrides.get("device"))
 
 
 def _expect(options: Mapping[str, Any], key: str, kind: type) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER
 
+from focusdd_det.commandline import spelled
 from focusdd_det.errors import DISK_FULL, DataError, DiskError, FocusDDError, Interrupted
 
 
@@ -57,12 +58,12 @@ def _go_on(trainer: Any) -> str:
     return "No epoch was finished: when that is mended, give the same command again"
 
 
-def run_to_end(trainer: Any, tool: str) -> int:
+def run_to_end(trainer: Any, command: str) -> int:
     """Train, and name the run folder.
 
     Args:
         trainer: of Ultralytics' kind.
-        tool: the script that goes on with a stopped training.
+        command: what goes on with a stopped training, as in `focusdd detect train`.
 
     Raises:
         Interrupted: stopped by the user, with the command that goes on.
@@ -71,7 +72,7 @@ def run_to_end(trainer: Any, tool: str) -> int:
         trainer.train()
     except KeyboardInterrupt as error:
         last = Path(trainer.last)
-        again = f"python tools/{tool} resume={last}" if last.is_file() else "the same command"
+        again = spelled(command, f"resume={last}") if last.is_file() else "the same command"
         raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0

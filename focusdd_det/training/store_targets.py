@@ -28,7 +28,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import disk, sealed
-from focusdd_det.commandline import command_config, wants_help
+from focusdd_det.commandline import command_config, spelled, wants_help
 from focusdd_det.config import as_plain, describe, load
 from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
@@ -166,8 +166,9 @@ def training(config: TargetsConfig, folder: Path) -> str:
     """The command that trains on a store."""
     usual = load(TargetsConfig, "store_targets.yaml", {"data": "-", "teacher": "-"})
     names = [name for name in (*VIEWS, "close_mosaic") if getattr(config, name) != getattr(usual, name)]
-    given = "".join(f" {name}={as_plain(config)[name]}" for name in names)
-    return f"python tools/train_det.py model=yolo11n.yaml data={config.data} targets={folder} epochs=100{given}"
+    given = [f"{name}={as_plain(config)[name]}" for name in names]
+    words = ["model=yolo11n.yaml", f"data={config.data}", f"targets={folder}", "epochs=100"]
+    return spelled("detect train", *words, *given)
 
 
 def store_targets(config: TargetsConfig) -> TargetsResult:

@@ -7,6 +7,7 @@ the model stays a stock DetectionModel, and its checkpoints stay stock checkpoin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -90,6 +91,25 @@ class Options(KeyedOptions):
     def uses_targets(self) -> bool:
         """Whether what a teacher said beforehand is read."""
         return self.supervision != "labels" and self.targets is not None
+
+
+def refuse_unsupported(args: Mapping[str, Any], options: Options) -> None:
+    """What Ultralytics takes and a training of this package cannot do.
+
+    Raises:
+        ConfigError: the first of it.
+    """
+    if str(args.get("cache")).lower() == "disk":
+        raise ConfigError("cache=disk writes beside the pictures; give cache=ram, or leave it out")
+    if args.get("split") not in (None, "val"):
+        raise ConfigError(f"split={args['split']}: a training is measured on the val split of eval_data= alone")
+    if args.get("distill_model") is not None:
+        raise ConfigError(
+            "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
+            "trainer (yolo train ...), or drop it and give teacher= here"
+        )
+    if args.get("single_cls") and (options.uses_teacher or options.uses_targets):
+        raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
 
 
 class SupervisedLoss(v8DetectionLoss):  # type: ignore[misc]

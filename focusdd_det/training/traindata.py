@@ -70,6 +70,8 @@ def resolve_data(data: str | os.PathLike[str] | None) -> TrainData:
             raise DataError(f"{path} has no data.yaml; expected the folder of a distilled set, or a YOLO data.yaml")
     else:
         file = path if path.is_file() else _bundled(path)
+    if detset.task_of(file.parent) == "classify":
+        raise DataError(f"{file.parent} is a set for classifiers; train one with `focusdd classify train`")
     if not (file.parent / "build.yaml").is_file():
         return TrainData(file, None, 0, "", ())
     return _resolve_set(file)

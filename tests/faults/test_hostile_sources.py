@@ -223,6 +223,7 @@ def test_too_many_bad_ones_stop_the_build_with_a_summary(
         with pytest.raises(DataError, match=r"max_bad=0\.1 allows:\n.* x .*\n") as caught:
             workshop.build(tmp_path / "set", **options)
         assert "empty file" in str(caught.value)
+        assert str(caught.value).count("ball/bad") == min(bad, 10)
     if good:
         assert verify(workshop.build(tmp_path / "set", max_bad=0.9, **options)) == []
 
