@@ -437,7 +437,7 @@ def _score(
     judge: WindowJudge | None,
 ) -> Screen | None:
     """Every source looked at, and those that can be chosen again where the first look is one in low precision."""
-    columns = _columns(config, plan, selector)
+    columns = columns_of(config, plan, selector)
     blind = _blind(config, plan, selector)
     if blind:
         log.info("the selector knows no class for %s: its largest probability stands in", ", ".join(blind))
@@ -459,10 +459,10 @@ def _blind(config: SetConfig, plan: Plan, selector: Selector | None) -> list[str
     """Classes for which the ViT has no output, so that its largest probability is their confidence."""
     if selector is None or config.confidence != "true":
         return []
-    return [name for name, own in _columns(config, plan, selector).items() if not own]
+    return [name for name, own in columns_of(config, plan, selector).items() if not own]
 
 
-def _columns(config: SetConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
+def columns_of(config: SetConfig, plan: Plan, selector: Selector | None) -> dict[str, tuple[int, ...]]:
     """Class -> outputs of the ViT that stand for it: those of its folders and of the class map's synsets."""
     position = {name: i for i, name in enumerate(selector.classes)} if selector else {}
     columns = {}

@@ -173,15 +173,19 @@ def sheet_command(argv: Sequence[str]) -> int:
         )
         return 0 if argv else 2
     options = read_options("sheet", argv[1:], hints)
-    from focusdd_det.detset import read_data_yaml, read_manifest
+    from focusdd_det.detset import read_data_yaml, read_manifest, refuse_inside
     from focusdd_det.disk import write_atomic
-    from focusdd_det.report import contact_sheet
+    from focusdd_det.report import contact_sheet, is_sheet
     from focusdd_det.scoring.decode import BadImage
 
     folder = Path(argv[0])
     out = Path(options.get("out", "contact_sheet.jpg"))
     if out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise ConfigError(f"sheet: out={out}: expected a name that ends in .jpg or .png")
+    if out.resolve() != folder.resolve() / "contact_sheet.jpg":  # the one that a build makes is outside the hashes
+        refuse_inside(out)
+    if out.exists() and not is_sheet(out):
+        raise DiskError(f"sheet: {out} exists and is no contact sheet of this program; it stays. Choose another `out`")
     numbers = {key: options.get(key, usual) for key, usual in (("count", 36), ("columns", 6))}
     wrong = [f"{key}={value}" for key, value in numbers.items() if value < 1]
     if wrong:

@@ -78,16 +78,7 @@ def assemble(cells: Sequence[Image], grid: int) -> Image:
 
 def encode_jpeg(picture: Image, quality: int) -> bytes:
     """JPEG bytes of RGB pixels; the same bytes for the same pixels and OpenCV version."""
-    return _encode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
-
-
-def encode_png(picture: Image) -> bytes:
-    """PNG bytes of RGB pixels: every pixel as it is."""
-    return _encode(".png", picture, [])
-
-
-def _encode(kind: str, picture: Image, options: list[int]) -> bytes:
-    ok, data = cv2.imencode(kind, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not ok:
         raise ValueError(f"OpenCV could not encode a picture of shape {picture.shape}")
     return bytes(data.tobytes())

@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_tensors
 
 from focusdd_det.config import parse_yaml
 from focusdd_det.disk import append_lines, is_folder_name, sha256, write_atomic
-from focusdd_det.errors import DiskError, VerifyError
+from focusdd_det.errors import ConfigError, DiskError, VerifyError
 from focusdd_det.labels import parse_rows
 from focusdd_det.types import Detections
 
@@ -260,6 +260,19 @@ def intact(folder: Path, item: Item) -> bool:
 def is_ours(folder: Path) -> bool:
     """Whether a folder holds a set (or part of one) that this package wrote."""
     return task_of(folder) is not None
+
+
+def refuse_inside(out: Path) -> None:
+    """No output inside a set, which is sealed by its hashes.
+
+    Raises:
+        ConfigError: naming the set.
+    """
+    for folder in (out.resolve(), *out.resolve().parents):
+        if is_ours(folder):
+            raise ConfigError(
+                f"out={out} lies in the set {folder}, which is sealed by its hashes; choose another `out`"
+            )
 
 
 def task_of(folder: Path) -> str | None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from focusdd_det.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def device_of(name: str) -> str:
@@ -32,3 +38,19 @@ def device_of(name: str) -> str:
 def processors() -> int:
     """Those that this process may use, at least one: on a shared machine fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def whole_float32(x: Tensor) -> Iterator[None]:
+    """Inside, a GPU's convolutions of float32 are not rounded to TF32, which torch does unless told otherwise."""
+    import torch
+
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import yaml
+from PIL.PngImagePlugin import PngInfo
 
-from focusdd_det.compose import encode_jpeg, encode_png, resize
+from focusdd_det.compose import resize
 from focusdd_det.detset import Cell, Item, part_path
 from focusdd_det.labels import parse_rows
 from focusdd_det.scoring.decode import decode
@@ -20,6 +24,7 @@ from focusdd_det.types import Image
 if TYPE_CHECKING:
     from focusdd_det.plan import Plan
 
+SHEET_MARK = "focusdd sheet"  # stands in every contact sheet, so that no other picture is ever overwritten
 _TILE = 320  # px of a composite on the contact sheet
 NUMBERS_HEADING = "## Measured numbers"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -340,7 +345,21 @@ def contact_sheet(
     columns = min(columns, len(tiles))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     sheet = np.concatenate([np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)])
-    return encode_png(sheet) if png else encode_jpeg(sheet, 85)
+    buffer = io.BytesIO()
+    if png:
+        told = PngInfo()
+        told.add_text("Software", SHEET_MARK)
+        PIL.Image.fromarray(sheet).save(buffer, "PNG", pnginfo=told)
+    else:
+        PIL.Image.fromarray(sheet).save(buffer, "JPEG", quality=85, comment=SHEET_MARK)
+    return buffer.getvalue()
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a contact sheet of this program."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return SHEET_MARK.encode() in file.read(1024)
+    return False
 
 
 def draw_item(folder: Path, item: Item, names: Sequence[str], side: int) -> Image:

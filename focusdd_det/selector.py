@@ -24,6 +24,7 @@ from focusdd_det.backbones import (
 )
 from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
+from focusdd_det.devices import whole_float32
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import WeightsError
 
@@ -98,7 +99,7 @@ class Selector:
         x = x.to(next(self.model.parameters()).dtype)
         if x.device.type == "cpu" and self.precision == "bf16":
             x = x.contiguous(memory_format=torch.channels_last)
-        with _whole_float32(x):
+        with whole_float32(x):
             logits, rows = self.backbone.look(self.model, x)
         probabilities = logits.float().softmax(dim=1)
         maps = [combine(rows, how).reshape(len(x), self.grid, self.grid).float().cpu() for how in attentions]
@@ -249,20 +250,6 @@ def load_selector(
         device=target,
         backbone=backbone,
     )
-
-
-@contextlib.contextmanager
-def _whole_float32(x: Tensor) -> Iterator[None]:
-    """Inside, a GPU's convolutions of float32 are not rounded to TF32, which torch does unless told otherwise."""
-    if x.device.type != "cuda" or x.dtype != torch.float32:
-        yield
-        return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def in_precision(selector: Selector, precision: str) -> Selector:

@@ -21,7 +21,7 @@ import yaml
 from ultralytics.cfg import get_save_dir
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, colorstr
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, RANK, WINDOWS, colorstr
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 from focusdd_det import __version__, coco_eval
@@ -46,7 +46,7 @@ from focusdd_det.training.run_files import (
     strip,
     student_head,
 )
-from focusdd_det.training.run_guard import guarded
+from focusdd_det.training.run_guard import end_with_parent, guarded
 from focusdd_det.training.start import start_argument, start_backbone
 from focusdd_det.training.supervision import TEACHER_KEY, Options, build_criterion, refuse_unsupported
 from focusdd_det.training.targets import VIEWS, TargetStore, as_stored
@@ -82,6 +82,7 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
         overrides: dict[str, Any] | None = None,
         _callbacks: dict[str, Any] | None = None,
     ) -> None:
+        end_with_parent()
         given = dict(overrides or {})
         self.own_given = {key: given.pop(key) for key in OWN_KEYS if key in given}
         cfg = without_keys(cfg, OWN_KEYS)
@@ -353,7 +354,8 @@ class FocusDDTrainer(DetectionTrainer):  # type: ignore[misc]
     def _setup_train(self) -> None:
         self._aside = Aside(self.device)
         asked, on_cpu = self.args.channels_last, self.device.type == "cpu"
-        channels_last = bool(asked) if on_cpu else asked is not False
+        usual = self.device.type == "cuda" and not WINDOWS  # as Ultralytics has it for the student
+        channels_last = usual if asked is None else bool(asked)
         self._channels_last = on_cpu and channels_last
         if on_cpu:
             self.args.channels_last = None  # Ultralytics would say that it ignores it here

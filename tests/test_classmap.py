@@ -40,7 +40,9 @@ def test_a_picture_that_is_near_to_two_classes_stands_for_none() -> None:
 
 def test_folder_maps_that_are_shipped_name_coco_classes() -> None:
     names = read_class_map(find_map(SHIPPED), ["exact"]).names
-    for path in cfg_dir().glob("*_coco.yaml"):
+    shipped = sorted(cfg_dir().glob("*_coco.yaml"))
+    assert [path.name for path in shipped] == ["caltech101_coco.yaml", "imagenet_more_coco.yaml"]
+    for path in shipped:
         assert read_folder_map(path, names)
 
 

@@ -181,6 +181,7 @@ def test_a_run_that_moved_goes_on_where_it_is(killed: tuple[Path, Path, Path], t
 def test_last_pt_is_not_opened_to_resume(killed: tuple[Path, Path, Path]) -> None:
     (killed[0] / "weights" / "last.pt").write_bytes(b"anything")
     FocusDDClassificationTrainer(overrides={"resume": str(killed[0])}).train()
+    assert len(rows(killed[0])) == 3
 
 
 def test_nothing_to_resume(tmp_path: Path, pictures: Path) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from focusdd_det.devices import device_of, processors
+from focusdd_det.devices import device_of, processors, whole_float32
 from focusdd_det.errors import ConfigError
-from focusdd_det.selector import _whole_float32
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_a_gpu_rounds_no_scores_in_float32(kind: str, dtype: torch.dtype, inside
     before = torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = True
-        with _whole_float32(x):
+        with whole_float32(x):
             assert torch.backends.cudnn.allow_tf32 is inside
         assert torch.backends.cudnn.allow_tf32 is True
     finally:

@@ -287,7 +287,8 @@ def test_other_sources_and_selectors_are_refused(
         (["out={set}/images/x.html"], 2, "sealed"),
         (["out=page.txt"], 2, "html"),
         (["tumb=80"], 2, "did you mean thumb"),
-        (["thumb=big"], 2, "32 to 640"),
+        (["thumb=big"], 2, "expected a whole number"),
+        (["thumb=9"], 2, "32 to 640"),
         (["selector_weights=x"], 2, "sources= is missing"),
     ],
 )
@@ -351,8 +352,26 @@ def test_contact_sheets_as_png(drawn: Path, tmp_path: Path, capsys: pytest.Captu
         assert main(["sheet", str(folder), f"out={out}", "count=4", "columns=2"]) == 0
         assert out.read_bytes().startswith(b"\x89PNG\r\n")
         assert cv2.imread(str(out)).shape == (640, 640, 3)
+        assert main(["sheet", str(folder), f"out={out}", "count=2"]) == 0  # a former one may be written over
     assert main(["sheet", str(drawn), f"out={tmp_path / 'sheet.gif'}"]) == 2
     assert "ends in .jpg or .png" in capsys.readouterr().err
+
+
+def test_a_contact_sheet_is_written_over_no_other_picture(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(drawn, tmp_path / "set")
+    mine = tmp_path / "mine.jpg"
+    inside = next((folder / "images" / "train").iterdir())
+    shutil.copy(inside, mine)
+    before = mine.read_bytes()
+    assert main(["sheet", str(folder), f"out={mine}"]) == 5
+    assert "is no contact sheet of this program" in capsys.readouterr().err
+    assert main(["sheet", str(folder), f"out={inside}"]) == 2
+    assert main(["sheet", str(folder), f"out={folder / 'images' / 'sheet.jpg'}"]) == 2
+    assert mine.read_bytes() == inside.read_bytes() == before
+    assert main(["sheet", str(folder), f"out={folder / 'contact_sheet.jpg'}"]) == 0
+    assert detset.verify(folder) == []
 
 
 @pytest.mark.slow

@@ -121,7 +121,9 @@ def test_a_source_is_found_again_from_what_is_kept_of_it(name: str, tmp_path: Pa
     else:
         write_tar(tmp_path / name, {"n1.tar": tar_bytes({"a.JPEG": b"a", "b.JPEG": b"b"})})
     root = Root("r", tmp_path / name, MAP)
-    for s in stream(root):
+    found = list(stream(root))
+    assert found
+    for s in found:
         again = locate(root, s.source.path, s.source.folder, s.source.group, s.offset, s.size, s.mtime_ns)
         assert again == Located(s.source, s.file, s.size, s.mtime_ns, s.offset)
         assert again.read() == s.read()

@@ -25,7 +25,7 @@ from PIL import Image as PILImage
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.bench.pictures import Bench, prepare
 from focusdd_det.bench.timing import compare, ratio, together
-from focusdd_det.build import _columns, build
+from focusdd_det.build import build, columns_of
 from focusdd_det.compose import assemble, cut, encode_jpeg, middle_square
 from focusdd_det.devices import device_of
 from focusdd_det.disk import write_atomic
@@ -220,7 +220,7 @@ class _Scene:
             c.selector, c.selector_weights, c.view, c.attention, precision, device_of(c.device)
         )
         self.plan, self.sources, self.work = plan, sources, work
-        self.columns = _columns(c, plan, self.selector)
+        self.columns = columns_of(c, plan, self.selector)
         self.workers = c.workers or torch.get_num_threads()
         self.turn = 0
         view = self.selector.view

@@ -49,6 +49,7 @@ def bench_command(argv: Sequence[str]) -> int:
         work = Path(folder)
         keep_quiet(work)
         import torch
+        from ultralytics.utils.torch_utils import unset_deterministic
 
         from focusdd_det.bench.machine import described, machine
 
@@ -70,7 +71,8 @@ def bench_command(argv: Sequence[str]) -> int:
             module = part_module(part)
             place = work / part
             place.mkdir()
-            torch.set_num_threads(threads)  # Ultralytics' trainers change it
+            torch.set_num_threads(threads)  # Ultralytics' trainers change it, and what is deterministic
+            unset_deterministic()
             began = time.monotonic()
             results[part] = module.measure(options, place)
             results[part]["took_seconds"] = round(time.monotonic() - began, 1)

@@ -19,7 +19,7 @@ import numpy as np
 from focusdd_det.bench.machine import peak_resident
 from focusdd_det.bench.options import DEMO, BenchOptions
 from focusdd_det.bench.pictures import draw_sources, prepare
-from focusdd_det.build import _columns, build
+from focusdd_det.build import build, columns_of
 from focusdd_det.config import BuildConfig
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError
@@ -182,9 +182,8 @@ def score(config: BuildConfig, count: int | None) -> float:
     sources = list(plan.stream())[:count]
     store = ScoreStore(file)
     began = time.perf_counter()
-    score_all(
-        sources, store, selector, method, _columns(config, plan, selector), config, config.workers or 1, lambda _: None
-    )
+    columns = columns_of(config, plan, selector)
+    score_all(sources, store, selector, method, columns, config, config.workers or 1, lambda _: None)
     seconds = time.perf_counter() - began
     store.close()
     return seconds

@@ -45,7 +45,7 @@ from focusdd_det.training import exact_resume
 from focusdd_det.training.precision import bf16_on_cpu, class_scores, local_amp_check
 from focusdd_det.training.replay import replay_loader
 from focusdd_det.training.run_files import cut_results, find_last
-from focusdd_det.training.run_guard import guarded
+from focusdd_det.training.run_guard import end_with_parent, guarded
 
 if TYPE_CHECKING:
     from focusdd_det.classify.store import LogitStore
@@ -93,6 +93,7 @@ class FocusDDClassificationTrainer(ClassificationTrainer):  # type: ignore[misc]
         overrides: dict[str, Any] | None = None,
         _callbacks: dict[str, Any] | None = None,
     ) -> None:
+        end_with_parent()
         given = dict(overrides or {})
         self.own_given = {key: given.pop(key) for key in OWN_KEYS if key in given}
         cfg = without_keys(cfg, OWN_KEYS)

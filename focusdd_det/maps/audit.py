@@ -181,9 +181,7 @@ def plan(config: AuditConfig) -> tuple[list[_Place], list[Job]]:
         places.append(_place(entry, class_map, {place.root.name for place in places}))
     out = Path(config.out)
     disk.refuse_overlap(out, [place.root.path for place in places])
-    for above in (out.resolve(), *out.resolve().parents):
-        if detset.is_ours(above):
-            raise ConfigError(f"out={out} lies in the set {above}, which is sealed by its hashes; choose another `out`")
+    detset.refuse_inside(out)
     _refuse_loss(config, out)
     jobs = []
     for place in places:

@@ -309,9 +309,7 @@ def _check_out(out: Path, given: Sequence[Path]) -> None:
         DiskError: `out` is no folder.
     """
     disk.refuse_overlap(out, [path for path in given if path.is_dir()])
-    for folder in (out.resolve(), *out.resolve().parents):
-        if detset.is_ours(folder):
-            raise ConfigError(f"out={out} lies in the distilled set {folder}, which is sealed; choose another `out`")
+    detset.refuse_inside(out)
     if out.exists() and not out.is_dir():
         raise DiskError(f"out={out} is not a folder; choose another `out`")
 

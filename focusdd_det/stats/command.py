@@ -250,12 +250,9 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _check_out(out: Path, sets: Sequence[Path]) -> None:
-    from focusdd_det.detset import is_ours
+    from focusdd_det.detset import refuse_inside
 
-    target = out.resolve()
-    for place in (target, *target.parents):
-        if is_ours(place):
-            raise ConfigError(f"out={out} lies in the set {place}, which is sealed by its hashes; choose another `out`")
+    refuse_inside(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; expected a folder, or a name that is free")
     _refuse_loss(out)

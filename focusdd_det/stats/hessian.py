@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from focusdd_det.devices import whole_float32
 from focusdd_det.seeds import seed_of
 
 Batch = TypeVar("Batch")
@@ -64,7 +65,7 @@ def hessian_trace(
     values = [0.0] * probes
     total = 0.0
     for batch, weight in batches:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+        with whole_float32(parameters[0]), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             value = loss(batch)
             gradients = torch.autograd.grad(value, parameters, create_graph=True, allow_unused=True)
             total += weight * float(value.detach())

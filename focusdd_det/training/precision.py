@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,21 +83,31 @@ def bf16_on_cpu() -> Iterator[None]:
         engine.autocast = before
 
 
-@torch.no_grad()
 def amp_is_sound(model: nn.Module, scores: Callable[[Any], Tensor] = detector_scores, size: int = 256) -> bool:
     """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU."""
-    parameter = next(model.parameters())
-    if parameter.device.type != "cuda":
-        return False
-    training = model.training
-    model.eval()
-    generator = torch.Generator(parameter.device).manual_seed(0)
-    x = torch.rand(2, 3, size, size, device=parameter.device, generator=generator)
-    full = scores(model(x))
-    with torch.autocast("cuda", dtype=torch.float16):
-        half = scores(model(x))
-    model.train(training)
-    sound = bool(torch.isfinite(half).all()) and torch.allclose(full, half, atol=0.05)
+    sound = next(model.parameters()).device.type == "cuda" and half_is_close(model, scores, size)
     if not sound:
         LOGGER.warning("mixed precision is not sound on this GPU; training in float32")
     return sound
+
+
+@torch.no_grad()
+def half_is_close(model: nn.Module, scores: Callable[[Any], Tensor], size: int) -> bool:
+    """Whether float16 autocast gives this model finite scores, on average within 0.05 of float32's, wherever it is.
+
+    A hundred random layers move single ones further by rounding alone.
+
+    BatchNorm takes the statistics of what it is shown, on a copy of the model: those of a student from scratch (mean 0,
+    variance 1) normalise nothing, so that a deep one overflows as it never would in its training.
+    """
+    tried = copy.deepcopy(model).eval()
+    for module in tried.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    parameter = next(tried.parameters())
+    generator = torch.Generator(parameter.device).manual_seed(0)
+    x = torch.rand(8, 3, size, size, device=parameter.device, generator=generator)
+    full = scores(tried(x))
+    with torch.autocast(parameter.device.type, dtype=torch.float16):
+        half = scores(tried(x))
+    return bool(torch.isfinite(half).all()) and float((full - half).abs().mean()) < 0.05

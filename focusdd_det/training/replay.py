@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.dataset import YOLODataset
 
 from focusdd_det.training.clean_data import CleanDataset
 
@@ -106,6 +107,14 @@ class ReplayDataset(CleanDataset):
         if self.pool is not None:
             sample["view"], sample["look"] = view, look_of(sample["img"])
         return sample
+
+    @staticmethod
+    def collate_fn(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """Ultralytics' own; the looks as one tensor [B, 48]: alone each would cross processes in a file of its own."""
+        joined: dict[str, Any] = YOLODataset.collate_fn(batch)
+        if "look" in joined:
+            joined["look"] = torch.stack(list(joined["look"]))
+        return joined
 
     def close_mosaic(self, hyp: Any) -> None:
         """Ultralytics' own, remembered: views from now on are those of the closed part of a pool."""

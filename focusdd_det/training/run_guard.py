@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOCAL_RANK, LOGGER
 
 from focusdd_det.commandline import spelled
 from focusdd_det.errors import DISK_FULL, DataError, DiskError, FocusDDError, Interrupted
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @contextlib.contextmanager
@@ -46,6 +52,13 @@ def guarded(trainer: Any) -> Iterator[None]:
         raise DiskError(f"{error}: the run folder cannot be written. {_go_on(trainer)}") from error
 
 
+def end_with_parent() -> None:
+    """Several GPUs: a process of the training ends when the one that started it does, however that ended (Linux)."""
+    if LOCAL_RANK != -1 and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _dead_workers(trainer: Any) -> list[str]:
     workers = getattr(getattr(getattr(trainer, "train_loader", None), "iterator", None), "_workers", ())
     wait([w.sentinel for w in workers], timeout=2)  # its connection breaks a moment before it is gone
@@ -67,6 +80,7 @@ def run_to_end(trainer: Any, command: str) -> int:
 
     Raises:
         Interrupted: stopped by the user, with the command that goes on.
+        FocusDDError: one of the processes of a training on several GPUs failed.
     """
     try:
         trainer.train()
@@ -74,5 +88,7 @@ def run_to_end(trainer: Any, command: str) -> int:
         last = Path(trainer.last)
         again = spelled(command, f"resume={last}") if last.is_file() else "the same command"
         raise Interrupted(f"stopped; what was saved last is kept. To go on: {again}") from error
+    except subprocess.CalledProcessError as error:
+        raise FocusDDError(f"a process of the training failed; its error stands above. {_go_on(trainer)}") from error
     LOGGER.info(f"run folder: {trainer.save_dir}")
     return 0

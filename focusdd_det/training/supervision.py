@@ -108,6 +108,8 @@ def refuse_unsupported(args: Mapping[str, Any], options: Options) -> None:
             "distill_model is Ultralytics' own feature distillation, another method; use it with the stock "
             "trainer (yolo train ...), or drop it and give teacher= here"
         )
+    if args.get("quantize") is not None and options.uses_teacher:
+        raise ConfigError("quantize= tries the student before the teacher is there; leave it out, or use targets=")
     if args.get("single_cls") and (options.uses_teacher or options.uses_targets):
         raise ConfigError("single_cls=True merges the classes that the teacher tells apart; use supervision=labels")
 
