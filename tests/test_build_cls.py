@@ -307,7 +307,7 @@ def test_command(bench: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "3 composites planned" in capsys.readouterr().out
     assert not (tmp_path / "a").exists()
     assert run_main(build_cls_command, [*words, "--out", str(tmp_path / "a")]) == 0
-    assert "relabel_cls.py" in capsys.readouterr().out
+    assert "focusdd classify relabel data=" in capsys.readouterr().out
     card = (tmp_path / "a" / "README.md").read_text()
     assert "image-classification" in card
     assert "| n02 | 1 |" in card
