@@ -74,7 +74,7 @@ def lemmas() -> dict[str, str]:
 
 def find_map(name: str) -> Path:
     """A class map by path, or by the name of a file in cfg/."""
-    path = Path(name)
+    path = Path(name).expanduser()
     for candidate in (path, cfg_dir() / name, cfg_dir() / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
