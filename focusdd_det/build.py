@@ -259,7 +259,7 @@ def _already_there(
                 log.warning("%s is damaged and will be repaired:\n  %s", out, listed)
                 _reopen(out, work, identity)
         elif not config.overwrite:
-            raise ConfigError(_refusal(f"{out} holds another set", changed))
+            raise ConfigError(_refusal(f"{out} holds another set", changed, whole=True))
     if work.exists():
         if not detset.is_ours(work) and any(path.name != ".build.yaml.tmp" for path in work.iterdir()):
             raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
@@ -287,25 +287,19 @@ def _warn_of_other_sources(out: Path, plan: Plan) -> None:
     elif pictures != plan.sources:
         log.warning(
             "%s was built when there were %d pictures; the %d that are there now were not looked at. Choose another "
-            "`out` to build from these, or overwrite=true to replace it",
+            "`out` to build from these, or move the set away",
             out, pictures, plan.sources,
         )  # fmt: skip
 
 
-def _refusal(what: str, changed: Sequence[str]) -> str:
+def _refusal(what: str, changed: Sequence[str], whole: bool = False) -> str:
     listed = "\n  ".join(changed[:20])
-    grown = (
-        ", another `out` with grow_from= to begin with its composites (for a larger ipc)" if _is_ipc(changed) else ""
-    )
+    only_ipc = whole and len(changed) == 1 and changed[0].startswith("config.ipc:")
+    grown = ", another `out` with grow_from= to begin with its composites (for a larger ipc)" if only_ipc else ""
     return (
         f"{what}:\n  {listed}\nGive the same one to go on, another `out` to begin anew{grown}, or overwrite=true to "
         "replace it"
     )
-
-
-def _is_ipc(changed: Sequence[str]) -> bool:
-    """Whether nothing but the ipc differs."""
-    return len(changed) == 1 and changed[0].startswith("config.ipc:")
 
 
 def _reopen(out: Path, work: Path, identity: dict[str, Any]) -> None:

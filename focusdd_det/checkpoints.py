@@ -52,7 +52,7 @@ def resolve_weights(path: str | os.PathLike[str], download: bool = False) -> Pat
         WeightsError: no such file, and either not an official name, or not asked to download it, or the
             download failed.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if file.is_file():
         return file
     if file.is_dir():
@@ -121,7 +121,7 @@ def safe_read(path: str | os.PathLike[str]) -> dict[str, Any]:
         WeightsError: missing, empty, a web page, cut short, TorchScript, not a checkpoint, or it needs a
             class that is not on Ultralytics' allow-list (custom code).
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise WeightsError(f"checkpoint not found: {file}; {_HOW_TO_GET}")
     _check_container(file)

@@ -184,8 +184,11 @@ def sheet_command(argv: Sequence[str]) -> int:
         raise ConfigError(f"sheet: out={out}: expected a name that ends in .jpg or .png")
     if out.resolve() != folder.resolve() / "contact_sheet.jpg":  # the one that a build makes is outside the hashes
         refuse_inside(out)
-    if out.exists() and not is_sheet(out):
-        raise DiskError(f"sheet: {out} exists and is no contact sheet of this program; it stays. Choose another `out`")
+        if out.exists() and not is_sheet(out):
+            raise DiskError(
+                f"sheet: {out} exists and does not say that it is a contact sheet of this program; it stays. Choose "
+                "another `out`"
+            )
     numbers = {key: options.get(key, usual) for key, usual in (("count", 36), ("columns", 6))}
     wrong = [f"{key}={value}" for key, value in numbers.items() if value < 1]
     if wrong:

@@ -214,7 +214,7 @@ def load_selector(
     try:
         model = backbone.build(view)
     except Exception as error:  # timm and a user's own code may raise anything
-        if isinstance(backbone, TimmViT) and weights is None and not backbone.cached:
+        if isinstance(backbone, TimmViT) and weights is None and not backbone.cached and _has_grid(backbone, view):
             raise WeightsError(
                 f"selector={name}: its weights could not be fetched ({str(error)[:300]}); try again, or give the file "
                 "with selector_weights=PATH"
@@ -282,6 +282,14 @@ def token_grid(name: str, weights: str | None, view: int | str) -> int:
         return backbone.grid(int(view))
     except Exception:
         return 14
+
+
+def _has_grid(backbone: Backbone, view: int) -> bool:
+    """Whether the network can be built at this view, asked without its weights."""
+    try:
+        return backbone.grid(view) > 0
+    except Exception:  # timm and a user's own code may raise anything
+        return False
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:

@@ -128,7 +128,7 @@ def stream(
 
     Things that look like pictures but cannot be one (a folder named x.JPEG, a link that goes in circles, an archive
     member with a path that leads outside) come with a `problem` instead of being passed over. Photographs of
-    formats that are not read are counted in `left_out` by their endings.
+    formats that are not read are counted in `left_out` by their endings, in folders.
     """
     wanted = {f for f in root.folders if folders is None or f in folders}
     if root.path.is_file():

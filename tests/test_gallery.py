@@ -366,7 +366,7 @@ def test_a_contact_sheet_is_written_over_no_other_picture(
     shutil.copy(inside, mine)
     before = mine.read_bytes()
     assert main(["sheet", str(folder), f"out={mine}"]) == 5
-    assert "is no contact sheet of this program" in capsys.readouterr().err
+    assert "does not say that it is a contact sheet" in capsys.readouterr().err
     assert main(["sheet", str(folder), f"out={inside}"]) == 2
     assert main(["sheet", str(folder), f"out={folder / 'images' / 'sheet.jpg'}"]) == 2
     assert mine.read_bytes() == inside.read_bytes() == before

@@ -9,7 +9,7 @@ from typing import Any
 from focusdd_det.classify.options import Options
 from focusdd_det.commandline import wants_help
 from focusdd_det.config import cfg_dir, describe, read_yaml
-from focusdd_det.training.arguments import check_stock, listed, parse, train_keys, with_recipe
+from focusdd_det.training.arguments import check_stock, device_here, listed, parse, train_keys, with_recipe
 from focusdd_det.training.run_guard import run_to_end
 
 SHIPPED = "train_cls.yaml"
@@ -65,6 +65,7 @@ def checked_overrides(argv: Sequence[str], extra: Mapping[str, Any]) -> dict[str
     if not overrides.get("resume"):
         Options.of(overrides)
     check_stock(overrides, "classify")
+    device_here(overrides.get("device"))
     return {**overrides, **own}
 
 

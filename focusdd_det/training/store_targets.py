@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
-from ultralytics.utils.torch_utils import select_device
 
 from focusdd_det import disk, sealed
 from focusdd_det.commandline import command_config, spelled, wants_help
@@ -34,7 +33,7 @@ from focusdd_det.devices import processors
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.progress import progress_bar
 from focusdd_det.teacher import Detector, load_detector
-from focusdd_det.training.arguments import check_stock
+from focusdd_det.training.arguments import check_stock, device_here
 from focusdd_det.training.replay import Pool, ReplayDataset
 from focusdd_det.training.sparse_heads import SparseHeads, thin
 from focusdd_det.training.targets import (
@@ -228,7 +227,7 @@ class _Job:
         self.names = [str(data["names"][i]) for i in range(len(data["names"]))]
         for target in (self.out(), self.out().with_name(self.out().name + disk.INCOMPLETE)):
             disk.refuse_overlap(target, [self.source.folder])
-        self.device = select_device("" if config.device is None else str(config.device), verbose=False)
+        self.device = device_here(config.device)
         self.teacher: Detector = load_detector(str(config.teacher), self.device, self.names, config.download)
         if self.teacher.end2end or self.teacher.reg_max == 1:
             raise ConfigError(
