@@ -224,3 +224,10 @@ def test_the_demo_runs_and_prints_both_results(tmp_path):
     assert results["teacher"]["mAP50"] >= 0.6
     assert results["focusdd"]["mAP50"] >= 0.1
     assert set(results) >= {"teacher", "focusdd", "random", "seconds"}
+
+
+def test_scenes_have_the_sides_that_are_asked_for() -> None:
+    many = [plan_many(f"sides/{i}", (40, 60)) for i in range(20)]
+    assert all(40 <= side <= 60 for scene in many for side in (scene.width, scene.height))
+    usual = [plan_many(f"sides/{i}") for i in range(20)]
+    assert all(192 <= side <= 256 for scene in usual for side in (scene.width, scene.height))

@@ -239,9 +239,10 @@ def plan_many(key: str, sides: tuple[int, int] = (192, 256)) -> Scene:
 
     Args:
         key: seeds everything.
+        sides: smallest and largest side of the picture in pixels.
     """
     rng = seeded(key, "plan")
-    width, height = (int(v) for v in rng.integers(SIDES[0], SIDES[1] + 1, 2))
+    width, height = (int(v) for v in rng.integers(sides[0], sides[1] + 1, 2))
     items = _clutter(rng, width, height, int(rng.integers(1, 6)), key)
     placed: list[tuple[float, float, float]] = []
     for i in range(int(rng.integers(1, 6))):
