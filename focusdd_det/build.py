@@ -52,7 +52,7 @@ MACHINE_KEYS = (
     "selector", "selector_weights", "teacher", "class_map", "max_bad", "plugins", "screen",
 )  # fmt: skip
 # Keys that sets of earlier versions lack, with the value that means what those did.
-_SINCE: dict[str, Any] = {"grids": [], "least_entropy": 0.0}
+_SINCE: dict[str, Any] = {"grids": [], "least_entropy": 0.0, "decode": "reduced"}
 _SINCE_DETECT: dict[str, Any] = {"own_conf": None, "contradiction": "keep"}  # the same, of detection sets alone
 PACKAGES = ("torch", "torchvision", "ultralytics", "timm", "opencv-python", "pillow", "numpy")
 _BYTES_PER_PIXEL = 0.6  # of a composite at JPEG quality 95, generously

@@ -67,6 +67,7 @@ class SetConfig:
     jpeg_quality: int
     max_bad: float
     max_pixels: int
+    decode: Literal["reduced", "full"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     screen: Literal["auto", "off", "bf16", "fp16"]
     batch: int

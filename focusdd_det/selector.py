@@ -7,6 +7,7 @@ import copy
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 ATTENTIONS = ("gca", "last", "mean")
+AT_A_TIME = 16  # what more pictures make of a ViT's layers does not fit a CPU's caches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _NOT_ARCHITECTURE = (
@@ -53,6 +55,7 @@ class Selector:
         attention: gca, last or mean.
         precision: fp32, bf16 or fp16.
         backbone: knows how the network is asked.
+        at_a_time: pictures of a batch that a CPU takes through the network at once.
     """
 
     model: nn.Module
@@ -67,6 +70,7 @@ class Selector:
     precision: str
     device: torch.device
     backbone: Backbone
+    at_a_time: int = AT_A_TIME
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +96,15 @@ class Selector:
         Returns:
             probabilities [B, classes] and for each attention a map [B, g, g].
         """
+        parts = torch.split(pixels, self.at_a_time) if self.device.type == "cpu" else [pixels]
+        probabilities, maps = zip(*(self._part(part, attentions) for part in parts), strict=True)
+        return torch.cat(probabilities), [torch.cat(each) for each in zip(*maps, strict=True)]
+
+    def needed(self, count: int) -> int:
+        """How many pictures of a padded batch must be shown for its first `count` to be seen as in the whole batch."""
+        return -(-count // self.at_a_time) * self.at_a_time if self.device.type == "cpu" else sys.maxsize
+
+    def _part(self, pixels: Tensor, attentions: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         x = pixels.to(self.device, non_blocking=True).float().div_(255)
         mean = torch.tensor(self.mean, device=x.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(1, 3, 1, 1)
@@ -113,13 +126,13 @@ class Selector:
         """
         with shown_to_head(self.model) as shown:
             probabilities, attention = self(pixels)
-        return probabilities, attention, nn.functional.normalize(_only(shown).float(), dim=1).cpu()
+        return probabilities, attention, nn.functional.normalize(_vectors(shown, len(pixels)), dim=1)
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """The same features as they are, [B, d] float32 on the CPU."""
         with shown_to_head(self.model) as shown:
             self(pixels)
-        return _only(shown).float().cpu()
+        return _vectors(shown, len(pixels))
 
 
 @contextlib.contextmanager
@@ -144,10 +157,11 @@ def shown_to_head(model: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _only(shown: Sequence[Tensor]) -> Tensor:
-    if len(shown) != 1 or shown[0].ndim != 2:
+def _vectors(shown: Sequence[Tensor], count: int) -> Tensor:
+    """What a head was shown, part after part of a batch, as [count, d] float32 on the CPU."""
+    if any(each.ndim != 2 for each in shown) or sum(map(len, shown)) != count:
         raise WeightsError("the selector's features cannot be read: its head does not see one vector a picture")
-    return shown[0]
+    return torch.cat([each.float().cpu() for each in shown])
 
 
 def combine(rows: Sequence[Tensor], how: str) -> Tensor:

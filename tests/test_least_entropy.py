@@ -188,7 +188,7 @@ def test_a_set_of_an_earlier_version_is_known_and_grows(
             cls.make(cls_bench, old, ipc=1)
         else:
             build(one)
-        as_before(old, "least_entropy", *keys)
+        as_before(old, "least_entropy", "decode", *keys)
         before = tree(old)
         if one is None:
             cls.make(cls_bench, old, ipc=1)

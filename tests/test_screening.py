@@ -256,6 +256,36 @@ def test_a_screened_set_has_the_same_bytes(bench: Path, many: Path, tmp_path: Pa
     assert 0 <= seen["share"] < 0.1
 
 
+@pytest.mark.parametrize("method", ["focusdd", "realism"])
+def test_a_second_look_at_every_pixel(bench: Path, many: Path, tmp_path: Path, method: str) -> None:  # noqa: F811
+    """decode=full: the first look is at a picture of reduced size, and the set is that of full decoding."""
+    for file in sorted(many.rglob("*.jpg")):  # large and smooth
+        to = tmp_path / "large" / file.relative_to(many)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        picture = cv2.GaussianBlur(cv2.imread(str(file)), (0, 0), 3)
+        cv2.imwrite(str(to), cv2.resize(picture, (320, 320), interpolation=cv2.INTER_CUBIC))
+    keys = {"sources": [f"{tmp_path}/large"], "ipc": 1, "method": method, "batch": 10, "classes": ["disc", "square"]}
+    plain = make(bench, tmp_path / "plain", screen="off", decode="full", **keys)
+    scores = str(tmp_path / "scores.sqlite")
+    make(bench, tmp_path / "other", screen="bf16", scores=scores, **keys)  # what it learned is of another pair of looks
+    screened = make(bench, tmp_path / "screened", screen="bf16", decode="full", scores=scores, **keys)
+    assert tree(screened) == tree(plain)
+    seen = log(screened)
+    assert 10 <= seen["looked_again"] == seen["looked_twice"] < 150
+    assert seen["logit"] > log(tmp_path / "other")["logit"]  # other pixels, not another precision alone
+
+
+def test_a_screening_does_not_decide_whose_entropy_is_too_small_from_other_pixels(
+    bench: Path,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = load_config(**options(bench, tmp_path / "set", screen="bf16", decode="full", least_entropy=3.0))
+    assert screen_precision(config, METHODS["focusdd"], make_plan(config), "cpu") is None
+    assert "not both decode=full and least_entropy" in caplog.text
+    assert screen_precision(replace(config, decode="reduced"), METHODS["focusdd"], make_plan(config), "cpu") == "bf16"
+
+
 def test_a_screened_set_for_classifiers_has_the_same_bytes(cls_bench: Path, tmp_path: Path) -> None:  # noqa: F811
     plain = test_build_cls.make(cls_bench, tmp_path / "plain", screen="off")
     screened = test_build_cls.make(cls_bench, tmp_path / "screened", screen="bf16")

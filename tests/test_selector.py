@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -90,6 +92,59 @@ def test_attention_agrees_with_timm_and_leaves_the_model_as_it_was() -> None:
     assert all(block.attn.fused_attn for block in model.blocks)
     assert not any(block.attn.qkv._forward_hooks for block in model.blocks)
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"reg_tokens": 3},
+        {"qkv_bias": False, "init_values": 0.3},
+        {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+        {"global_pool": "avg"},  # reads every token: computed whole
+        {"global_pool": "map"},
+        {"distilled": True},
+    ],
+)
+@torch.no_grad()
+def test_what_nobody_reads_of_the_last_block_is_not_computed(more: dict[str, object]) -> None:
+    if more.pop("distilled", False):
+        kwargs = {key: value for key, value in KWARGS.items() if key != "patch_size"}
+        model: Any = timm.create_model("deit_tiny_distilled_patch16_224", **{**kwargs, "img_size": 64}).eval()
+    else:
+        model = tiny_vit(**more)
+    side = 64 if hasattr(model, "head_dist") else 32
+    x = torch.randn(2, 3, side, side)
+    tokens: list[int] = []
+    model.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    with ClassTokenRows(model, whole=True) as whole:
+        logits = model(x)
+    with ClassTokenRows(model) as fast:
+        torch.testing.assert_close(model(x), logits, rtol=1e-4, atol=1e-5)
+    for row, reference in zip(fast.rows, whole.rows, strict=True):
+        torch.testing.assert_close(row, reference, rtol=1e-4, atol=1e-6)
+    everything, prefix = model.pos_embed.shape[1], model.num_prefix_tokens
+    assert tokens == [everything, everything if "global_pool" in more else prefix]
+    model(x)
+    with ClassTokenRows(model.train()):
+        model(x)
+    assert tokens[2:] == [everything] * 2  # left as it was; and a training has its drop paths
+
+
+def test_a_cpu_takes_a_batch_in_parts_and_what_is_padding_not_at_all(tmp_path: Path) -> None:
+    selector = load_selector(str(spec(tmp_path)), None)
+    pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    seen: list[int] = []
+    selector.model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # type: ignore[operator, union-attr]
+    probabilities, attention, features = selector.with_features(pixels)
+    assert seen == [16, 4]
+    assert [selector.needed(n) for n in (1, 16, 17, 20)] == [16, 16, 32, 32]
+    first = selector.with_features(pixels[: selector.needed(3)])
+    for part, whole in zip(first, (probabilities, attention, features), strict=True):
+        assert torch.equal(part, whole[:16])  # to the last digit: the same shapes
+    at_once = replace(selector, at_a_time=64)
+    for whole, parts in zip(at_once.with_features(pixels), (probabilities, attention, features), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ class Backbone(ABC):
         prefix: tokens in front of the patch tokens; the first is the class token.
         mean, std: normalisation of the pixels in [0, 1], RGB.
         classes: the folder (WordNet id) that each output stands for; None: ImageNet-1K's thousand in the usual order.
+        whole: whether `look` computes all that a plain forward does, what nobody reads included; for comparisons.
     """
 
     view: int = 224
@@ -41,6 +42,7 @@ class Backbone(ABC):
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
     std: Sequence[float] = IMAGENET_DEFAULT_STD
     classes: Sequence[str] | None = None
+    whole: bool = False
 
     @abstractmethod
     def build(self, view: int) -> nn.Module:
@@ -69,7 +71,7 @@ class Backbone(ABC):
             logits [B, classes]; and for each block the class token's attention over the patch tokens, after the
             softmax: [B, heads, grid * grid], at least 0.
         """
-        with ClassTokenRows(model, prefix=self.prefix) as seen:
+        with ClassTokenRows(model, prefix=self.prefix, whole=self.whole) as seen:
             logits = model(x)
         return logits, seen.rows
 

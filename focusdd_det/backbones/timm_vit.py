@@ -60,7 +60,7 @@ class TimmViT(Backbone):
         return {key: value for key, value in fitted.items() if own or not key.startswith("head_dist")}
 
     def look(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        with ClassTokenRows(model) as seen:
+        with ClassTokenRows(model, whole=self.whole) as seen:
             logits = model(x)
         return logits, seen.rows
 

@@ -89,8 +89,10 @@ def glance(
         digest = hashlib.sha256(data)
         if digest.digest() in known:
             return Glance(digest.digest(), 0, 0, (), 0, None)
-        least = view
-        if method.looks:
+        least: int | None = view
+        if config.decode == "full":
+            least = None
+        elif method.looks:
             from focusdd_det.methods import REALISM_LEAST
 
             least = math.ceil(view / math.sqrt(REALISM_LEAST))  # the smallest crop fills a view

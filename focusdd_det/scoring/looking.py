@@ -27,7 +27,7 @@ from focusdd_det.selector import Selector
 from focusdd_det.sources import Located
 from focusdd_det.windows import best_windows, least_windows, window_side
 
-_VERSION = 3  # of the scoring itself: a change of what a score means must not meet old scores
+_VERSION = 4  # of the scoring itself: a change of what a score means must not meet old scores
 _TWICE = 64  # of so many batches of a screening one is looked at in both precisions
 
 
@@ -56,7 +56,8 @@ def score_all(
         progress: called with the number of sources that are done.
         judge: the detection teacher, for methods that rank windows by what it finds in them.
         fast: the same ViT in low precision, which looks in place of `selector` (screening.py); every `_TWICE`th
-            batch, the first included, and any in which it overflows, is looked at by both.
+            batch, the first included, and any in which it overflows, is looked at by both, unless the second look
+            wants other pixels (decode=full).
 
     Raises:
         DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
@@ -64,7 +65,8 @@ def score_all(
     """
     view = judge.side if judge else selector.view if selector else 64
     final = Looker(selector, method, columns, config, store, judge)
-    lookers = [final] if fast is None else [final, Looker(fast, method, columns, config, store)]
+    first_config = config if fast is None else first_look(config)
+    lookers = [final] if fast is None else [final, Looker(fast, method, columns, first_config, store)]
     device = selector.device if selector else judge.detector.device if judge else torch.device("cpu")
     on_gpu = device.type == "cuda"
     judged = Judged(config.max_bad)
@@ -74,7 +76,7 @@ def score_all(
         nonlocal batches
         batches += 1
         seen = lookers[-1](batch, pixels)
-        twice = fast is not None and (batches % _TWICE == 1 or not seen.finite)
+        twice = fast is not None and first_config == config and (batches % _TWICE == 1 or not seen.finite)
         return [final(batch, pixels), seen] if twice else [seen]
 
     def finish(seen: list[Seen]) -> None:
@@ -104,13 +106,13 @@ def score_all(
                 yield located
 
     known = store.known_contents([looker.name for looker in lookers if looker.name])
-    outcomes, ahead = outcomes_of(new_sources(), view, method, config, workers, known, on_gpu)
+    outcomes, ahead = outcomes_of(new_sources(), view, method, first_config, workers, known, on_gpu)
     with Batches(final.shape(view), look, finish, store, ahead, on_gpu) as waiting, contextlib.closing(outcomes):
         for located, outcome in outcomes:
             if isinstance(outcome, Glance) and not outcome.views:
                 if recalled(located, outcome.sha):
                     continue
-                outcome = glance(located, view, method, config)  # another content with the same first 8 bytes
+                outcome = glance(located, view, method, first_config)  # another content with the same first 8 bytes
             if isinstance(outcome, str):
                 store.put([final.bad(located, outcome)])
                 progress(1)
@@ -120,6 +122,11 @@ def score_all(
             waiting.add(located, outcome)
     store.commit()
     judged.end()
+
+
+def first_look(config: SetConfig) -> SetConfig:
+    """The configuration of a screening's first look: every picture is decoded at reduced size."""
+    return replace(config, decode="reduced")
 
 
 # ---- what looks ----
@@ -168,7 +175,8 @@ class Seen:
             first = ":".join(self.places[0])
             raise WeightsError(
                 f"the selector gives infinite or undefined numbers for {first} or one of the {len(self.rows) - 1} "
-                "sources after it; its weights are damaged, or overflow in this precision: try precision=fp32 or others"
+                "sources after it; its weights are damaged, or overflow in this precision: try screen=off, "
+                "precision=fp32, or others"
             )
 
     def deviation(self, final: Seen) -> Deviation:
@@ -274,7 +282,7 @@ class Looker:
     def _see(self, pixels: Pixels, count: int) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.float16] | None]:
         """Probabilities, attention and, where the method needs them, features of the first `count` views."""
         assert self.selector is not None
-        tensor = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+        tensor = torch.from_numpy(pixels).flatten(0, 1)[: self.selector.needed(count)].permute(0, 3, 1, 2)
         tensor = tensor if tensor.is_pinned() else tensor.contiguous()
         if self.method.needs_features:
             probabilities, attention, vectors = self.selector.with_features(tensor)
@@ -321,6 +329,8 @@ def signature(
             selector.precision,
         ]
         content += [config.side_ratio, config.confidence, list(columns)]
+    if config.decode == "full":
+        content.append("every pixel")
     if method.looks:
         content += [method.looks, REALISM_LEAST, config.seed, *content_of(method)]
     if method.window != "most":

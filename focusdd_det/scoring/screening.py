@@ -27,10 +27,10 @@ from focusdd_det.plan import Group, Plan, layouts_of
 from focusdd_det.ranking import Ranking, rank
 from focusdd_det.scoring.bad_sources import Judged
 from focusdd_det.scoring.batches import Batches, outcomes_of
-from focusdd_det.scoring.deviations import deviation
+from focusdd_det.scoring.deviations import Deviation, deviation
 from focusdd_det.scoring.glance import Glance, Known
-from focusdd_det.scoring.looking import Looker, Seen
-from focusdd_det.scoring.scores import FirstLook, Row, ScoreStore
+from focusdd_det.scoring.looking import Looker, Seen, first_look
+from focusdd_det.scoring.scores import PHASH, FirstLook, Row, ScoreStore
 from focusdd_det.select import Candidates, Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
@@ -50,12 +50,14 @@ def screen_precision(config: SetConfig, method: Method, plan: Plan, device: str)
     than are wanted.
     """
     fast = precision_of("auto", device) if config.screen == "auto" else config.screen
-    possible = config.precision == "fp32" and screens(method)
+    # With other pixels a picture may have another entropy, and those that are passed over are not looked at again.
+    other_entropy = config.decode == "full" and config.least_entropy > 0
+    possible = config.precision == "fp32" and screens(method) and not other_entropy
     if config.screen in ("bf16", "fp16") and not possible:
         log.warning(
-            "screen=%s does nothing here: it takes precision=fp32 and a method whose order allows it, and this is "
-            "precision=%s with method=%s",
-            config.screen, config.precision, config.method,
+            "screen=%s does nothing here: it takes precision=fp32, a method whose order allows it, and not both "
+            "decode=full and least_entropy; this is precision=%s, method=%s, decode=%s, least_entropy=%g",
+            config.screen, config.precision, config.method, config.decode, config.least_entropy,
         )  # fmt: skip
     if not possible or fast in ("off", "fp32"):
         return None
@@ -89,9 +91,18 @@ class Screen:
     again: int = 0
 
     @property
+    def _looks(self) -> str:
+        """Which two looks are compared: the first, and the second where that has other pixels."""
+        return self.first.sight if self.config.decode == "reduced" else f"{self.first.sight} {self.second.sight}"
+
+    @property
+    def _deviation(self) -> Deviation:
+        return self.store.deviation(self._looks)
+
+    @property
     def bound(self) -> tuple[float, float]:
         """How far a first look can be off, as far as it is known: (logit of p, share)."""
-        seen = self.store.deviation(self.first.sight)
+        seen = self._deviation
         return seen.logit, seen.share
 
     @classmethod
@@ -107,13 +118,14 @@ class Screen:
         workers: int,
     ) -> Screen:
         """That of a plan's sources, which `fast` has looked at (looking.score_all)."""
-        first, second = (Looker(each, method, columns, config, store) for each in (fast, selector))
+        first = Looker(fast, method, columns, first_look(config), store)
+        second = Looker(selector, method, columns, config, store)
         roots = {root.name: root for root in plan.roots}
         return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
 
     def blocks(self, group: Group) -> Iterator[Candidates]:
         """The sources of a class; those that were looked at once have the best p and score that they can."""
-        first_look = FirstLook(self.first.signatures[group.name], self.store.deviation(self.first.sight))
+        first_look = FirstLook(self.first.signatures[group.name], self._deviation)
         return self.store.blocks(group.name, self.config.alpha, first_look=first_look)
 
     def rank(self, group: Group, reach: int = 0) -> Ranking:
@@ -156,7 +168,7 @@ class Screen:
     def _learn(self, groups: Sequence[Group], bar: Any) -> None:
         """Look again at a batch from all classes where the first look comes from earlier builds, in which nothing was
         looked at twice: the deviation is learned before anything is left to it."""
-        if self.store.deviation(self.first.sight).sources >= self.config.batch:
+        if self._deviation.sources >= self.config.batch:
             return
         each = -(-self.config.batch // len(groups))
         ids: list[int] = []
@@ -217,17 +229,18 @@ class Screen:
     def _put(self, seen: Seen, before: Sequence[tuple[int, Row]]) -> None:
         seen.demand_numbers()
         p, share = (np.array([getattr(row, name) for _, row in before], np.float64) for name in ("p", "share"))
-        self.store.deviate(self.first.sight, deviation(p, seen.p, share, seen.share))
+        self.store.deviate(self._looks, deviation(p, seen.p, share, seen.share))
         self.store.put([], seen.name, seen.contents)
         for i, (rowid, row) in enumerate(before):
             corner = (int(seen.corner[i, 0]), int(seen.corner[i, 1]))
             signature = self.second.signatures[row.group]
-            self.store.settle(rowid, signature, float(seen.p[i]), float(seen.share[i]), corner)
+            phash = int(seen.rows[i][PHASH])  # type: ignore[call-overload]
+            self.store.settle(rowid, signature, float(seen.p[i]), float(seen.share[i]), corner, phash)
         self.again += len(before)
 
     def summary(self) -> dict[str, float | int]:
         """What the screening came to, for the log of the build."""
-        seen = self.store.deviation(self.first.sight)
+        seen = self._deviation
         return {"looked_again": self.again, "looked_twice": seen.sources, "logit": seen.logit, "share": seen.share}
 
 
