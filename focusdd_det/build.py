@@ -119,8 +119,6 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
     identity = _identity(config, plan, selector, grid, teacher)
     if _already_there(out, work, identity, config, plan, resume):
         return _result(out, plan, {"all": time.monotonic() - started})
-    if config.grow_from:
-        _growable(Path(config.grow_from), identity)
     _start(work, identity, config)
     seconds = {"plan": time.monotonic() - started}
     with disk.locked(work):
@@ -237,7 +235,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _already_there(
     out: Path, work: Path, identity: dict[str, Any], config: SetConfig, plan: Plan, resume: bool
 ) -> bool:
-    """Whether the set is there, whole. Refuses what must not be touched; reopens a damaged set to repair it."""
+    """Whether the set is there, whole. Refuses what must not be touched, and only when nothing is left to refuse
+    reopens a damaged set to repair it, or removes one that was begun."""
+    damaged = outdated = False
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not detset.is_ours(out) and not detset.seals(out, "build.yaml", _identity_bytes(identity)):
             raise DiskError(
@@ -257,19 +257,24 @@ def _already_there(
                         f"{out} is there but damaged:\n  {listed}\nThe same command with --resume repairs it"
                     )
                 log.warning("%s is damaged and will be repaired:\n  %s", out, listed)
-                _reopen(out, work, identity)
+                damaged = True
         elif not config.overwrite:
             raise ConfigError(_refusal(f"{out} holds another set", changed, whole=True))
     if work.exists():
         if not detset.is_ours(work) and any(path.name != ".build.yaml.tmp" for path in work.iterdir()):
             raise DiskError(f"{work} exists and is not a build of this program; move it away, or choose another `out`")
         changed = differences(_read_identity(work), identity) if detset.is_ours(work) else []
-        if changed and config.overwrite:
-            with disk.locked(work):
-                detset.set_strays_aside(work, _aside(out), begun=True)
-                detset.remove_ours(work)
-        elif changed:
+        outdated = bool(changed)
+        if outdated and not config.overwrite:
             raise ConfigError(_refusal(f"{work} was begun with another configuration", changed))
+    if config.grow_from:
+        _growable(Path(config.grow_from), identity)
+    if damaged:
+        _reopen(out, work, identity)
+    if outdated:
+        with disk.locked(work):
+            detset.set_strays_aside(work, _aside(out), begun=True)
+            detset.remove_ours(work)
     return False
 
 

@@ -210,6 +210,25 @@ def test_a_larger_ipc_begins_like_a_smaller_one_and_can_grow_from_it(made: Path,
         make(bench, made, ipc=3)
 
 
+def test_a_wrong_grow_from_leaves_a_begun_and_a_damaged_set_as_they_are(
+    made: Path, bench: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "set.incomplete"
+    shutil.copytree(made, work)
+    (work / "COMPLETE").unlink()
+    before = tree(work)
+    wrong = {"ipc": 3, "seed": 5, "grow_from": str(made)}
+    with pytest.raises(ConfigError, match=r"only a larger ipc may differ"):
+        make(bench, tmp_path / "set", overwrite=True, **wrong)
+    assert tree(work) == before
+    damaged = make(bench, tmp_path / "damaged", **{**wrong, "grow_from": None})
+    next((damaged / "images" / "train").iterdir()).unlink()
+    before = tree(damaged)
+    with pytest.raises(ConfigError, match=r"only a larger ipc may differ"):
+        build(load_config(**options(bench, damaged, **wrong)), resume=True)
+    assert tree(damaged) == before
+
+
 def test_pictures_that_came_later_are_named(bench: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources = shutil.copytree(bench / "sources", tmp_path / "sources")
     folder = make(bench, tmp_path / "set", sources=[str(sources)])
