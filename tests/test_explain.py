@@ -67,6 +67,7 @@ def run(*argv: object) -> int:
     "change",
     [
         {"geometry": "squash", "attention": "gca"},
+        {"geometry": "squash", "attention": "gca", "decode": "full"},
         {"geometry": "crop", "attention": "last", "crop": "cover"},
         {"geometry": "squash", "attention": "mean", "side_ratio": 0.4, "crop": "fixed"},
     ],

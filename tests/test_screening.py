@@ -265,14 +265,46 @@ def test_a_second_look_at_every_pixel(bench: Path, many: Path, tmp_path: Path, m
         picture = cv2.GaussianBlur(cv2.imread(str(file)), (0, 0), 3)
         cv2.imwrite(str(to), cv2.resize(picture, (320, 320), interpolation=cv2.INTER_CUBIC))
     keys = {"sources": [f"{tmp_path}/large"], "ipc": 1, "method": method, "batch": 10, "classes": ["disc", "square"]}
-    plain = make(bench, tmp_path / "plain", screen="off", decode="full", **keys)
-    scores = str(tmp_path / "scores.sqlite")
+    scores, plainly = str(tmp_path / "scores.sqlite"), str(tmp_path / "plain.sqlite")
+    plain = make(bench, tmp_path / "plain", screen="off", decode="full", scores=plainly, **keys)
     make(bench, tmp_path / "other", screen="bf16", scores=scores, **keys)  # what it learned is of another pair of looks
     screened = make(bench, tmp_path / "screened", screen="bf16", decode="full", scores=scores, **keys)
     assert tree(screened) == tree(plain)
     seen = log(screened)
     assert 10 <= seen["looked_again"] == seen["looked_twice"] < 150
     assert seen["logit"] > log(tmp_path / "other")["logit"]  # other pixels, not another precision alone
+    rows = "SELECT sig, path, p, share, win_row, win_col, phash, entropy FROM source"
+    with sqlite3.connect(plainly) as db:
+        full = set(db.execute(rows))
+    with sqlite3.connect(scores) as db:
+        found = set(db.execute(rows))
+    assert len(found & full) == seen["looked_again"]  # all that a look at every pixel tells
+    assert {row[0] for row in found - full}.isdisjoint({row[0] for row in full})
+
+
+def test_what_overflows_and_cannot_be_decoded_again_is_not_used(
+    bench: Path,  # noqa: F811
+    many: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = shutil.copytree(many, tmp_path / "sources")
+    monkeypatch.setattr(Selector, "__call__", overflowing(lambda pixels: slice(None)))
+    anew = looking.Looker.anew
+
+    def lost(self: Any, batch: Any, pixels: Any) -> Any:
+        for located, _ in batch[: 3 if lost_batches else None]:
+            (sources / located.source.path).write_bytes(b"no picture")
+        lost_batches.append(len(batch))
+        return anew(self, batch, pixels)
+
+    lost_batches: list[int] = []
+    monkeypatch.setattr(looking.Looker, "anew", lost)
+    keys = {"sources": [str(sources)], "ipc": 1, "batch": 10, "classes": ["disc", "square"], "max_bad": 1}
+    folder = make(bench, tmp_path / "set", screen="bf16", decode="full", **keys)
+    assert verify(folder) == []
+    lines = (folder / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == lost_batches[0] + 3 * (len(lost_batches) - 1) == 10 + 3 * 14
 
 
 def test_a_screening_does_not_decide_whose_entropy_is_too_small_from_other_pixels(
@@ -461,6 +493,7 @@ def overflowing(which: Any) -> Any:
     return call
 
 
+@pytest.mark.parametrize("decode", ["reduced", "full"])
 @pytest.mark.parametrize("every", [True, False])
 def test_a_first_look_that_overflows_is_not_believed(
     bench: Path,  # noqa: F811
@@ -468,8 +501,9 @@ def test_a_first_look_that_overflows_is_not_believed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     every: bool,
+    decode: str,
 ) -> None:
-    keys = {"sources": [str(many)], "ipc": 1, "batch": 10, "classes": ["disc"]}
+    keys = {"sources": [str(many)], "ipc": 1, "batch": 10, "classes": ["disc"], "decode": decode}
     plain = make(bench, tmp_path / "plain", screen="off", **keys)
     turns = itertools.count()
     which = (lambda pixels: slice(None)) if every else (lambda pixels: [4] if next(turns) == 2 else [])

@@ -131,6 +131,17 @@ def test_what_nobody_reads_of_the_last_block_is_not_computed(more: dict[str, obj
     assert tokens[2:] == [everything] * 2  # left as it was; and a training has its drop paths
 
 
+@torch.no_grad()
+def test_a_network_that_reads_more_than_the_class_token_is_computed_whole() -> None:
+    model: Any = tiny_vit()
+    x = torch.randn(2, 3, 32, 32)
+    model.forward_head = lambda tokens, pre_logits=False: model.head(tokens[:, 0] + tokens[:, 1:].mean(1))
+    logits = model(x)
+    with ClassTokenRows(model) as seen:
+        torch.testing.assert_close(model(x), logits)
+    assert len(seen.rows) == 5
+
+
 def test_a_cpu_takes_a_batch_in_parts_and_what_is_padding_not_at_all(tmp_path: Path) -> None:
     selector = load_selector(str(spec(tmp_path)), None)
     pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)

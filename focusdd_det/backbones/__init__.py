@@ -64,6 +64,8 @@ class Backbone(ABC):
     def look(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """What the network says of a normalised batch, and where its class token looks.
 
+        While it runs here, the last block of timm's own VisionTransformer gives the prefix tokens alone.
+
         Args:
             x: [B, 3, view, view] float.
 

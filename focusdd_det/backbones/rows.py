@@ -58,8 +58,9 @@ class ClassTokenRows:
         """timm's Block on [B, tokens, dim], for the prefix tokens alone, which see all: [B, prefix, dim]."""
         a = block.attn
         y = block.norm1(x)
-        weights = a.qkv.weight.tensor_split([a.attn_dim])
-        biases = (None, None) if a.qkv.bias is None else a.qkv.bias.tensor_split([a.attn_dim])
+        width = a.num_heads * a.head_dim
+        weights = a.qkv.weight.tensor_split([width])
+        biases = (None, None) if a.qkv.bias is None else a.qkv.bias.tensor_split([width])
         (q,) = _heads(linear(y[:, :prefix], weights[0], biases[0]), a, 1)
         k, v = _heads(linear(y, weights[1], biases[1]), a, 2)
         attention = _attention(q, k, a)
@@ -102,6 +103,8 @@ def _ends_in_class_token(model: Any) -> bool:
     block = model.blocks[-1]
     return (
         not model.training
+        and not {"forward", "forward_features", "forward_head", "pool"} & vars(model).keys()  # somebody's own
+        and "forward" not in vars(block)
         and type(block) is Block
         and _is_standard(block.attn)
         and getattr(block.attn, "gate", None) is None

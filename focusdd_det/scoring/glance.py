@@ -89,10 +89,8 @@ def glance(
         digest = hashlib.sha256(data)
         if digest.digest() in known:
             return Glance(digest.digest(), 0, 0, (), 0, None)
-        least: int | None = view
-        if config.decode == "full":
-            least = None
-        elif method.looks:
+        least = least_side(view, config.decode)
+        if method.looks and least is not None:
             from focusdd_det.methods import REALISM_LEAST
 
             least = math.ceil(view / math.sqrt(REALISM_LEAST))  # the smallest crop fills a view
@@ -109,6 +107,11 @@ def glance(
     if method.needs_teacher:
         views = (letterbox(picture, view)[0],)
     return Glance(digest.digest(), width, height, views, difference_hash(pixels), grey_entropy(pixels))
+
+
+def least_side(view: int, how: str) -> int | None:
+    """What `decode` is told for a view: `how` is the build's `decode`, reduced or full."""
+    return None if how == "full" else view
 
 
 def view_pixels(picture: Image, view: int, geometry: str) -> Image:

@@ -56,8 +56,8 @@ def score_all(
         progress: called with the number of sources that are done.
         judge: the detection teacher, for methods that rank windows by what it finds in them.
         fast: the same ViT in low precision, which looks in place of `selector` (screening.py); every `_TWICE`th
-            batch, the first included, and any in which it overflows, is looked at by both, unless the second look
-            wants other pixels (decode=full).
+            batch, the first included, is looked at by both, unless the second look wants other pixels (decode=full);
+            one in which it overflows by `selector` in any case.
 
     Raises:
         DataError: a larger share of the sources than `max_bad` cannot be decoded, those of earlier runs included.
@@ -76,7 +76,9 @@ def score_all(
         nonlocal batches
         batches += 1
         seen = lookers[-1](batch, pixels)
-        twice = fast is not None and first_config == config and (batches % _TWICE == 1 or not seen.finite)
+        if first_config != config:  # the second look is at other pixels
+            return [seen] if seen.finite else [final.anew(batch, pixels)]
+        twice = fast is not None and (batches % _TWICE == 1 or not seen.finite)
         return [final(batch, pixels), seen] if twice else [seen]
 
     def finish(seen: list[Seen]) -> None:
@@ -175,8 +177,7 @@ class Seen:
             first = ":".join(self.places[0])
             raise WeightsError(
                 f"the selector gives infinite or undefined numbers for {first} or one of the {len(self.rows) - 1} "
-                "sources after it; its weights are damaged, or overflow in this precision: try screen=off, "
-                "precision=fp32, or others"
+                "sources after it; its weights are damaged, or overflow in this precision: try precision=fp32 or others"
             )
 
     def deviation(self, final: Seen) -> Deviation:
@@ -267,6 +268,23 @@ class Looker:
             for i, (located, seen) in enumerate(batch)
         ]
         return Seen(rows, p, share, corner, self.name, contents, finite)
+
+    def anew(self, batch: Batch, pixels: Pixels) -> Seen:
+        """A batch that was decoded for another look, decoded once more; `pixels` is written over."""
+        pixels[:] = 0
+        good: list[tuple[Located, Glance]] = []
+        bad = []
+        for located, _ in batch:
+            seen = glance(located, pixels.shape[2], self.method, self.config)
+            if isinstance(seen, str):
+                bad.append(self.bad(located, seen))
+                continue
+            pixels[len(good)] = np.stack(seen.views)
+            good.append((located, replace(seen, views=())))
+        if not good:
+            return Seen(bad, np.zeros(0), np.zeros(0), np.zeros((0, 2), np.int64))
+        found = self(good, pixels)
+        return replace(found, rows=[*found.rows, *bad])
 
     def row_of(self, located: Located, content: Content) -> tuple[object, ...]:
         """The row of a source whose content was seen before."""

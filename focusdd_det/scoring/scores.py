@@ -37,7 +37,7 @@ _COLUMNS = (
     "root", "path", "folder", "grp", "sig", "run", "offset", "size", "mtime", "sha", "width", "height",
     "p", "share", "win_row", "win_col", "phash", "bad", "feature", "entropy",
 )  # fmt: skip
-PHASH = _COLUMNS.index("phash")
+_SEEN = ("sig", "p", "share", "win_row", "win_col", "phash", "entropy")  # what depends on how a source is looked at
 BLOCK = 1 << 12  # sources of a class that are read at a time
 
 
@@ -183,12 +183,12 @@ class ScoreStore:
             self.contents.put(look, contents)
             self.db.executemany(f"INSERT OR REPLACE INTO source VALUES ({','.join('?' * len(_COLUMNS))})", rows)
 
-    def settle(self, rowid: int, signature: str, p: float, share: float, corner: tuple[int, int], phash: int) -> None:
-        """Put what a second look found in the place of what the first one did."""
+    def settle(self, rowid: int, seen: Sequence[object]) -> None:
+        """Put what a second look found, in the order of the schema, in the place of what the first one did."""
         with self._told():
             self.db.execute(
-                "UPDATE source SET sig = ?, p = ?, share = ?, win_row = ?, win_col = ?, phash = ? WHERE rowid = ?",
-                (signature, p, share, *corner, phash, rowid),
+                f"UPDATE source SET {', '.join(f'{name} = ?' for name in _SEEN)} WHERE rowid = ?",
+                (*(seen[_COLUMNS.index(name)] for name in _SEEN), rowid),
             )
 
     def deviation(self, look: str) -> Deviation:

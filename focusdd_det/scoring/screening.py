@@ -30,7 +30,7 @@ from focusdd_det.scoring.batches import Batches, outcomes_of
 from focusdd_det.scoring.deviations import Deviation, deviation
 from focusdd_det.scoring.glance import Glance, Known
 from focusdd_det.scoring.looking import Looker, Seen, first_look
-from focusdd_det.scoring.scores import PHASH, FirstLook, Row, ScoreStore
+from focusdd_det.scoring.scores import FirstLook, Row, ScoreStore
 from focusdd_det.select import Candidates, Order, Proposal
 from focusdd_det.selector import Selector, precision_of
 from focusdd_det.sources import Located, Root, locate
@@ -231,11 +231,8 @@ class Screen:
         p, share = (np.array([getattr(row, name) for _, row in before], np.float64) for name in ("p", "share"))
         self.store.deviate(self._looks, deviation(p, seen.p, share, seen.share))
         self.store.put([], seen.name, seen.contents)
-        for i, (rowid, row) in enumerate(before):
-            corner = (int(seen.corner[i, 0]), int(seen.corner[i, 1]))
-            signature = self.second.signatures[row.group]
-            phash = int(seen.rows[i][PHASH])  # type: ignore[call-overload]
-            self.store.settle(rowid, signature, float(seen.p[i]), float(seen.share[i]), corner, phash)
+        for (rowid, _), row in zip(before, seen.rows, strict=True):
+            self.store.settle(rowid, row)
         self.again += len(before)
 
     def summary(self) -> dict[str, float | int]:

@@ -31,7 +31,8 @@ from focusdd_det.types import Crop
 # The keys of the build that decide what is seen; `attention` and the rest of the command's own are below.
 KEYS = (
     "selector", "selector_weights", "plugins", "view", "geometry", "side_ratio", "alpha", "confidence", "crop",
-    "image_size", "grid", "class_map", "levels", "max_pixels", "precision", "batch", "device", "threads", "download",
+    "image_size", "grid", "class_map", "levels", "max_pixels", "decode", "precision", "batch", "device", "threads",
+    "download",
 )  # fmt: skip
 OWN = {"attention": str, "class": str, "out": str, "count": int, "config": str, "id": str, "sources": tuple[Any, ...]}
 

@@ -18,7 +18,7 @@ from focusdd_det.errors import ConfigError
 from focusdd_det.methods import METHODS
 from focusdd_det.scoring.contents import confidence, steps
 from focusdd_det.scoring.decode import BadImage, decode
-from focusdd_det.scoring.glance import view_pixels
+from focusdd_det.scoring.glance import least_side, view_pixels
 from focusdd_det.selector import Selector
 from focusdd_det.types import Crop, Floats, View
 from focusdd_det.windows import best_windows, realism, view_of, window_side
@@ -80,7 +80,7 @@ def explain(
         pictures: files' bytes.
         columns: for each picture the outputs that stand for its class; none: the likeliest class counts.
         attentions: some of gca, last, mean.
-        config: geometry, side_ratio, alpha, confidence, crop, image_size and grid are used.
+        config: geometry, decode, side_ratio, alpha, confidence, crop, image_size and grid are used.
 
     Returns:
         For each picture what was found, or the reason why it cannot be used.
@@ -90,7 +90,7 @@ def explain(
     pixels = np.zeros((config.batch, selector.view, selector.view, 3), np.uint8)
     for i, data in enumerate(pictures):
         try:
-            picture, width, height = decode(data, selector.view, config.max_pixels)
+            picture, width, height = decode(data, least_side(selector.view, config.decode), config.max_pixels)
         except BadImage as error:
             found[i] = str(error)
             continue

@@ -20,7 +20,7 @@ from focusdd_det.detset import Cell, read_manifest
 from focusdd_det.errors import ConfigError, VerifyError, WeightsError
 from focusdd_det.methods import METHODS
 from focusdd_det.scoring.decode import BadImage, decode
-from focusdd_det.scoring.glance import view_pixels
+from focusdd_det.scoring.glance import least_side, view_pixels
 from focusdd_det.selector import Selector, load_selector
 from focusdd_det.sources import Located, Root, locate, stream
 from focusdd_det.types import Crop, Image
@@ -52,6 +52,7 @@ class SourceMaps:
         self.selector = selector
         self.roots = roots
         self.geometry = str(config["geometry"])
+        self.decode = str(config.get("decode", "reduced"))  # older sets do not have it
         self.max_pixels = int(config["max_pixels"])
         self.looks = METHODS[str(config["method"])].looks
         self.window = window_side(selector.grid, float(config["side_ratio"]))
@@ -107,9 +108,8 @@ class SourceMaps:
             if hashlib.sha256(data).hexdigest() != cell.sha256:
                 return "another picture lies at its place now"
             if not self.looks:
-                return view_pixels(
-                    decode(data, self.selector.view, self.max_pixels)[0], self.selector.view, self.geometry
-                )
+                picture = decode(data, least_side(self.selector.view, self.decode), self.max_pixels)[0]
+                return view_pixels(picture, self.selector.view, self.geometry)
             picture = decode(data, None, self.max_pixels)[0]
             x, y, side = cell.crop or (0, 0, min(cell.width, cell.height))
             return view_pixels(picture[y : y + side, x : x + side], self.selector.view, "squash")
