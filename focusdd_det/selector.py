@@ -31,7 +31,7 @@ from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 ATTENTIONS = ("gca", "last", "mean")
-AT_A_TIME = 16  # what more pictures make of a ViT's layers does not fit a CPU's caches
+A_THREAD = 8  # pictures of a part of a batch: what more make of a ViT's layers does not fit a CPU's caches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _NOT_ARCHITECTURE = (
@@ -55,7 +55,7 @@ class Selector:
         attention: gca, last or mean.
         precision: fp32, bf16 or fp16.
         backbone: knows how the network is asked.
-        at_a_time: pictures of a batch that a CPU takes through the network at once.
+        at_a_time: pictures of a batch that a CPU takes through the network at once; 0: `A_THREAD` for each thread.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ class Selector:
     precision: str
     device: torch.device
     backbone: Backbone
-    at_a_time: int = AT_A_TIME
+    at_a_time: int = 0
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,13 +96,17 @@ class Selector:
         Returns:
             probabilities [B, classes] and for each attention a map [B, g, g].
         """
-        parts = torch.split(pixels, self.at_a_time) if self.device.type == "cpu" else [pixels]
+        parts = torch.split(pixels, self._part_size) if self.device.type == "cpu" else [pixels]
         probabilities, maps = zip(*(self._part(part, attentions) for part in parts), strict=True)
         return torch.cat(probabilities), [torch.cat(each) for each in zip(*maps, strict=True)]
 
     def needed(self, count: int) -> int:
         """How many pictures of a padded batch must be shown for its first `count` to be seen as in the whole batch."""
-        return -(-count // self.at_a_time) * self.at_a_time if self.device.type == "cpu" else sys.maxsize
+        return -(-count // self._part_size) * self._part_size if self.device.type == "cpu" else sys.maxsize
+
+    @property
+    def _part_size(self) -> int:
+        return self.at_a_time or A_THREAD * torch.get_num_threads()
 
     def _part(self, pixels: Tensor, attentions: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         x = pixels.to(self.device, non_blocking=True).float().div_(255)

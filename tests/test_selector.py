@@ -148,11 +148,12 @@ def test_a_cpu_takes_a_batch_in_parts_and_what_is_padding_not_at_all(tmp_path: P
     seen: list[int] = []
     selector.model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # type: ignore[operator, union-attr]
     probabilities, attention, features = selector.with_features(pixels)
-    assert seen == [16, 4]
-    assert [selector.needed(n) for n in (1, 16, 17, 20)] == [16, 16, 32, 32]
+    assert torch.get_num_threads() == 1
+    assert seen == [8, 8, 4]
+    assert [selector.needed(n) for n in (1, 8, 9, 20)] == [8, 8, 16, 24]
     first = selector.with_features(pixels[: selector.needed(3)])
     for part, whole in zip(first, (probabilities, attention, features), strict=True):
-        assert torch.equal(part, whole[:16])  # to the last digit: the same shapes
+        assert torch.equal(part, whole[:8])  # to the last digit: the same shapes
     at_once = replace(selector, at_a_time=64)
     for whole, parts in zip(at_once.with_features(pixels), (probabilities, attention, features), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
