@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from focusdd_det.errors import ConfigError
@@ -38,6 +38,25 @@ def device_of(name: str) -> str:
 def processors() -> int:
     """Those that this process may use, at least one: on a shared machine fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_parts(x: Tensor, pixels: int) -> Sequence[Tensor]:
+    """A batch as it should go through a frozen network that treats each picture by itself.
+
+    What a large batch makes of a network's first layers fits no cache of a CPU, which then waits for its memory.
+
+    Args:
+        x: [B, C, H, W].
+        pixels: of a part, for each thread; a part has at least one picture.
+
+    Returns:
+        On a CPU parts of the batch, in order; else all of it.
+    """
+    import torch
+
+    if x.device.type != "cpu":
+        return [x]
+    return torch.split(x, max(1, pixels * torch.get_num_threads() // (x.shape[2] * x.shape[3])))
 
 
 @contextlib.contextmanager

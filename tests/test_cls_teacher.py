@@ -20,6 +20,7 @@ from focusdd_det.classify.nets import Classifier
 from focusdd_det.classify.teacher import in_precision, load_classifier
 from focusdd_det.classify.views import EvalDataset
 from focusdd_det.classmap import imagenet_synsets
+from focusdd_det.devices import in_parts
 from focusdd_det.errors import WeightsError
 
 X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -43,6 +44,20 @@ def test_it_is_frozen(tmp_path: Path) -> None:
     teacher = load_classifier(str(write_teacher(tmp_path / "t")), None, CLASSES, 32)
     assert not teacher.module.training and not any(p.requires_grad for p in teacher.module.parameters())
     assert not teacher(X).requires_grad and teacher(X).dtype == torch.float32
+
+
+def test_a_cpu_takes_a_batch_in_parts(tmp_path: Path) -> None:
+    teacher = load_classifier(str(write_teacher(tmp_path / "t")), None, CLASSES, 32)
+    x = torch.rand(130, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    sizes: list[int] = []
+    teacher.module.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    logits = teacher(x)
+    assert torch.get_num_threads() == 1
+    assert sizes == [98, 32]  # 2 * 224^2 pixels a thread
+    for i in (0, 97, 98, 129):
+        torch.testing.assert_close(logits[i : i + 1], teacher(x[i : i + 1]), rtol=1e-4, atol=1e-6)
+    assert [len(part) for part in in_parts(torch.zeros(3, 3, 640, 640), 100)] == [1, 1, 1]
+    assert [len(part) for part in in_parts(torch.zeros(3, 3, 64, 64, device="meta"), 100)] == [3]
 
 
 def test_half_precision_is_near(tmp_path: Path) -> None:

@@ -28,11 +28,13 @@ from focusdd_det.classify.nets import (
 )
 from focusdd_det.classmap import imagenet_synsets
 from focusdd_det.config import read_yaml
+from focusdd_det.devices import in_parts
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import FocusDDError, WeightsError
 from focusdd_det.selector import read_state, state_digest
 
 log = logging.getLogger("focusdd")
+_PIXELS = 2 * 224**2  # of a batch, a thread: docs/performance.md
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,6 +82,9 @@ class _Frozen(nn.Module):
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self._look(some) for some in in_parts(x, _PIXELS)])
+
+    def _look(self, x: Tensor) -> Tensor:
         if self.dtype is not None:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):

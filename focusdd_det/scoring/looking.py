@@ -65,7 +65,7 @@ def score_all(
     """
     view = judge.side if judge else selector.view if selector else 64
     final = Looker(selector, method, columns, config, store, judge)
-    first_config = config if fast is None else first_look(config)
+    first_config = config if fast is None else as_first(config)
     lookers = [final] if fast is None else [final, Looker(fast, method, columns, first_config, store)]
     device = selector.device if selector else judge.detector.device if judge else torch.device("cpu")
     on_gpu = device.type == "cuda"
@@ -126,7 +126,7 @@ def score_all(
     judged.end()
 
 
-def first_look(config: SetConfig) -> SetConfig:
+def as_first(config: SetConfig) -> SetConfig:
     """The configuration of a screening's first look: every picture is decoded at reduced size."""
     return replace(config, decode="reduced")
 

@@ -29,7 +29,7 @@ from focusdd_det.scoring.bad_sources import Judged
 from focusdd_det.scoring.batches import Batches, outcomes_of
 from focusdd_det.scoring.deviations import Deviation, deviation
 from focusdd_det.scoring.glance import Glance, Known
-from focusdd_det.scoring.looking import Looker, Seen, first_look
+from focusdd_det.scoring.looking import Looker, Seen, as_first
 from focusdd_det.scoring.scores import FirstLook, Row, ScoreStore
 from focusdd_det.select import Candidates, Order, Proposal
 from focusdd_det.selector import Selector, precision_of
@@ -118,7 +118,7 @@ class Screen:
         workers: int,
     ) -> Screen:
         """That of a plan's sources, which `fast` has looked at (looking.score_all)."""
-        first = Looker(fast, method, columns, first_look(config), store)
+        first = Looker(fast, method, columns, as_first(config), store)
         second = Looker(selector, method, columns, config, store)
         roots = {root.name: root for root in plan.roots}
         return cls(store, first, second, method, config, roots, layouts_of(config, method), workers)
