@@ -34,7 +34,6 @@ from focusdd_det.teacher import STRIDE
 from focusdd_det.training.clean_data import CleanDataset, refuse_cut_jpegs
 
 EVALUATOR = "pycocotools"
-_PIXELS = 640**2  # of a batch, a thread: docs/performance.md
 # name -> (precision or recall, IoU or None for 0.50:0.95, area, detections per picture): COCO's twelve numbers.
 NUMBERS: dict[str, tuple[str, float | None, str, int]] = {
     "AP": ("precision", None, "all", 100),
@@ -376,7 +375,7 @@ def detect(
     found: list[dict[str, Any]] = []
     for part in TQDM(loader, desc=f"{Path(weights).name} on {len(images)} images", total=len(loader)):
         x = part["img"].to(device).float() / 255
-        raw = torch.cat([model(some)[0] for some in in_parts(x, _PIXELS)])
+        raw = torch.cat([model(some)[0] for some in in_parts(x)])
         if not bool(torch.isfinite(raw).all()):  # NMS would drop such boxes without a word
             raise WeightsError(f"{weights} gives values that are not finite (NaN or infinity): its weights are damaged")
         predictions = nms.non_max_suppression(

@@ -12,6 +12,8 @@ from focusdd_det.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+A_THREAD = 640**2  # pixels of a part of a batch: measured in docs/performance.md
+
 
 def device_of(name: str) -> str:
     """As torch has it.
@@ -40,23 +42,33 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_parts(x: Tensor, pixels: int) -> Sequence[Tensor]:
-    """A batch as it should go through a frozen network that treats each picture by itself.
+def at_once(pixels: int, a_thread: int = A_THREAD) -> int:
+    """How many pictures of so many pixels a CPU should take through a frozen network at once, at least one.
 
-    What a large batch makes of a network's first layers fits no cache of a CPU, which then waits for its memory.
+    What a large batch makes of a network's layers fits no cache of a CPU, which then waits for its memory.
+
+    Args:
+        pixels: of a picture, as the network sees it.
+        a_thread: pixels for each of torch's threads.
+    """
+    import torch
+
+    return max(1, a_thread * torch.get_num_threads() // pixels)
+
+
+def in_parts(x: Tensor, a_thread: int = A_THREAD) -> Sequence[Tensor]:
+    """A batch as it should go through a frozen network that treats each picture by itself.
 
     Args:
         x: [B, C, H, W].
-        pixels: of a part, for each thread; a part has at least one picture.
+        a_thread: as in `at_once`.
 
     Returns:
         On a CPU parts of the batch, in order; else all of it.
     """
     import torch
 
-    if x.device.type != "cpu":
-        return [x]
-    return torch.split(x, max(1, pixels * torch.get_num_threads() // (x.shape[2] * x.shape[3])))
+    return torch.split(x, at_once(x.shape[2] * x.shape[3], a_thread)) if x.device.type == "cpu" else [x]
 
 
 @contextlib.contextmanager

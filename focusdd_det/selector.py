@@ -25,13 +25,12 @@ from focusdd_det.backbones import (
 )
 from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
-from focusdd_det.devices import whole_float32
+from focusdd_det.devices import at_once, whole_float32
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import WeightsError
 
 BETA = 0.99  # LF-ViT's decay of the running attention
 ATTENTIONS = ("gca", "last", "mean")
-A_THREAD = 8  # pictures of a part of a batch: what more make of a ViT's layers does not fit a CPU's caches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _NOT_ARCHITECTURE = (
@@ -55,7 +54,7 @@ class Selector:
         attention: gca, last or mean.
         precision: fp32, bf16 or fp16.
         backbone: knows how the network is asked.
-        at_a_time: pictures of a batch that a CPU takes through the network at once; 0: `A_THREAD` for each thread.
+        at_a_time: pictures of a batch that a CPU takes through the network at once; 0: as `devices.at_once` has it.
     """
 
     model: nn.Module
@@ -106,7 +105,7 @@ class Selector:
 
     @property
     def _part_size(self) -> int:
-        return self.at_a_time or A_THREAD * torch.get_num_threads()
+        return self.at_a_time or at_once(self.view**2)
 
     def _part(self, pixels: Tensor, attentions: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         x = pixels.to(self.device, non_blocking=True).float().div_(255)

@@ -6,6 +6,7 @@ gives the raw head outputs that a student is supervised with.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.tal import make_anchors
 
 from focusdd_det.checkpoints import resolve_weights, safe_checkpoint
+from focusdd_det.devices import in_parts
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import ConfigError, WeightsError
 from focusdd_det.labels import nms
@@ -128,10 +130,9 @@ class Detector:
             {"boxes": [B, 4 * reg_max, A], "scores": [B, nc, A]}, or with two heads {"one2many": that,
             "one2one": that}. Anchors run over strides 8, 16, 32, rows, columns.
         """
-        if self._dtype is torch.float32:
-            return self._forward(x)[0]
-        with torch.autocast(self.device.type, enabled=False):  # it is in half precision already
-            return self._forward(x)[0]
+        half = self._dtype is not torch.float32  # already, so autocast has nothing to do
+        with torch.autocast(self.device.type, enabled=False) if half else contextlib.nullcontext():
+            return _joined([self._forward(some)[0] for some in in_parts(x)])
 
     @torch.no_grad()
     def detect(
@@ -215,6 +216,14 @@ class Detector:
             certain = np.round(s[candidate].astype(np.float64), DECIMALS)
             found.append(_select_boxes(rounded, certain, limit, conf, iou, max_det))
         return found
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the parts of a batch gave, as one batch's."""
+    if len(parts) == 1:
+        return parts[0]
+    values = {key: [part[key] for part in parts] for key in parts[0]}
+    return {key: _joined(each) if isinstance(each[0], dict) else torch.cat(each) for key, each in values.items()}
 
 
 def _letterbox(image: Image, imgsz: int) -> tuple[Image, float, int, int]:

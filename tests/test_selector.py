@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from focusdd_det.backbones.rows import ClassTokenRows
+from focusdd_det.devices import at_once
 from focusdd_det.errors import WeightsError
 from focusdd_det.selector import combine, load_selector, read_state
 
@@ -143,19 +144,21 @@ def test_a_network_that_reads_more_than_the_class_token_is_computed_whole() -> N
 
 
 def test_a_cpu_takes_a_batch_in_parts_and_what_is_padding_not_at_all(tmp_path: Path) -> None:
-    selector = load_selector(str(spec(tmp_path)), None)
+    whole_batch = load_selector(str(spec(tmp_path)), None)
+    assert torch.get_num_threads() == 1
+    assert whole_batch.needed(1) == at_once(32**2) == 400
+    assert [at_once(side**2) for side in (224, 640, 4000)] == [8, 1, 1]
+    selector = replace(whole_batch, at_a_time=8)
     pixels = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     seen: list[int] = []
     selector.model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))  # type: ignore[operator, union-attr]
     probabilities, attention, features = selector.with_features(pixels)
-    assert torch.get_num_threads() == 1
     assert seen == [8, 8, 4]
     assert [selector.needed(n) for n in (1, 8, 9, 20)] == [8, 8, 16, 24]
     first = selector.with_features(pixels[: selector.needed(3)])
     for part, whole in zip(first, (probabilities, attention, features), strict=True):
         assert torch.equal(part, whole[:8])  # to the last digit: the same shapes
-    at_once = replace(selector, at_a_time=64)
-    for whole, parts in zip(at_once.with_features(pixels), (probabilities, attention, features), strict=True):
+    for whole, parts in zip(whole_batch.with_features(pixels), (probabilities, attention, features), strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 

@@ -193,6 +193,22 @@ def test_heads_are_raw_and_carry_no_gradient(tmp_path: Path, family: str, reg_ma
 
 
 @pytest.mark.parametrize("family", ["yolo11", "yolo26"])
+def test_on_a_cpu_heads_take_a_large_batch_in_parts(tmp_path: Path, family: str) -> None:
+    detector = load_detector(save_detector(tmp_path / "t.pt", family))
+    assert torch.get_num_threads() == 1
+    x = torch.rand(70, 3, 64, 96)  # 640 * 640 px are 66 of them
+    seen: list[int] = []
+    detector._model.model[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    parts = detector.heads(x)
+    assert seen == [66, 4]
+    whole, _ = detector._forward(x)
+    for ours, all_at_once in [(parts[k], whole[k]) for k in whole] if detector.end2end else [(parts, whole)]:
+        assert ours.keys() == all_at_once.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], all_at_once[key], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["yolo11", "yolo26"])
 def test_a_picture_gives_the_same_alone_and_among_others(tmp_path: Path, family: str) -> None:
     detector = load_detector(save_detector(tmp_path / "t.pt", family))
     images = pictures(3)

@@ -34,7 +34,7 @@ from focusdd_det.errors import FocusDDError, WeightsError
 from focusdd_det.selector import read_state, state_digest
 
 log = logging.getLogger("focusdd")
-_PIXELS = 2 * 224**2  # of a batch, a thread: docs/performance.md
+_A_THREAD = 2 * 224**2  # pixels of a part of a batch: ResNets like fewer, docs/performance.md
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,7 +82,7 @@ class _Frozen(nn.Module):
         self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._look(some) for some in in_parts(x, _PIXELS)])
+        return torch.cat([self._look(some) for some in in_parts(x, _A_THREAD)])
 
     def _look(self, x: Tensor) -> Tensor:
         if self.dtype is not None:
