@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from focusdd_det import detset, disk
-from focusdd_det.composites import Bench, compose_all
+from focusdd_det.composites import Workbench, compose_all
 from focusdd_det.config import BuildConfig, ClassBuildConfig, SetConfig, as_plain, load, parse_yaml
 from focusdd_det.devices import device_of, processors
 from focusdd_det.errors import ConfigError, DataError, DiskError, VerifyError
@@ -131,7 +131,9 @@ def build(config: SetConfig, resume: bool = False) -> BuildResult:
             with _phase(seconds, "score"):
                 screen = _score(config, method, plan, store, selector, judge)
             with _phase(seconds, "compose"):
-                items = compose_all(Bench(config, plan, method, store, grid, labeller, work, _workers(config), screen))
+                items = compose_all(
+                    Workbench(config, plan, method, store, grid, labeller, work, _workers(config), screen)
+                )
             with _phase(seconds, "finish"):
                 quarantined, counts = list(store.quarantined()), store.counts()
                 screened = screen.summary() if screen else None

@@ -47,7 +47,7 @@ log = logging.getLogger("focusdd")
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workbench:
     """All that composites are made with."""
 
     config: SetConfig
@@ -100,7 +100,7 @@ class _BadSourceError(Exception):
 _Class = Generator[list[Image], list[Detections], None]
 
 
-def compose_all(bench: Bench) -> list[Item]:
+def compose_all(bench: Workbench) -> list[Item]:
     """All composites of all classes; what the set in `bench.folder` holds already is taken from there.
 
     Returns:
@@ -121,7 +121,7 @@ def compose_all(bench: Bench) -> list[Item]:
         bench.made.clear()
 
 
-def _compose_all(bench: Bench) -> list[Item]:
+def _compose_all(bench: Workbench) -> list[Item]:
     config = bench.config
     judged = Judged(config.max_bad)
     done = {(item.group, item.proposal): item for item in detset.read_manifest(bench.folder, tolerant=True)}
@@ -160,7 +160,12 @@ def _compose_all(bench: Bench) -> list[Item]:
 
 
 def _one_class(
-    bench: Bench, group: Group, done: dict[tuple[str, int], Item], pool: ThreadPoolExecutor, bar: Any, judged: Judged
+    bench: Workbench,
+    group: Group,
+    done: dict[tuple[str, int], Item],
+    pool: ThreadPoolExecutor,
+    bar: Any,
+    judged: Judged,
 ) -> _Class:
     """The composites of one class, in order, into `bench.made`."""
     made = bench.made.setdefault(group.name, [])
@@ -214,7 +219,7 @@ def _one_class(
 
 
 def _drafts(
-    bench: Bench,
+    bench: Workbench,
     group: Group,
     batch: list[Proposal],
     ids: np.ndarray,
@@ -265,7 +270,7 @@ def _outcome(job: Future[_Draft], group: Group, proposal: Proposal) -> _Draft:
         ) from error
 
 
-def _cell(bench: Bench, source: Row, kind: str, config: SetConfig) -> Cell:
+def _cell(bench: Workbench, source: Row, kind: str, config: SetConfig) -> Cell:
     """What one source contributes; `config` is that of the composite's own grid."""
     crop: Crop | None
     if kind == "key":
@@ -289,7 +294,7 @@ def _cell(bench: Bench, source: Row, kind: str, config: SetConfig) -> Cell:
 
 
 def _draft(
-    bench: Bench, number: int, seed: int, cells: tuple[Cell, ...], sources: list[Row], positions: list[int]
+    bench: Workbench, number: int, seed: int, cells: tuple[Cell, ...], sources: list[Row], positions: list[int]
 ) -> _Draft:
     """Read the sources again, in full this time, and put the composite together."""
     config, roots = bench.config, bench.roots
@@ -327,7 +332,7 @@ def _read_whole(root: Root, row: Row, position: int, config: SetConfig) -> Image
     return picture
 
 
-def _write(bench: Bench, group: Group, draft: _Draft, found: list[Detections], index: int) -> Item | None:
+def _write(bench: Workbench, group: Group, draft: _Draft, found: list[Detections], index: int) -> Item | None:
     """Label a draft and write it; None if there is nothing to learn from it and it is to be replaced."""
     label = bench.labeller.label(draft.looks, draft.cells, group.class_index, found)
     if label is None:
@@ -359,7 +364,7 @@ def _item_id(group: Group, index: int) -> str:
     return f"{group.class_index:03d}_{slug}_{index:05d}"
 
 
-def _is_finished(bench: Bench, group: Group, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
+def _is_finished(bench: Workbench, group: Group, item: Item, seed: int, cells: tuple[Cell, ...]) -> bool:
     """Whether an item of an earlier run is made of these very cells, is what its line says and its files are whole."""
     plain = tuple(replace(cell, confirmed=False) for cell in item.cells)
     whose = (item.id, item.class_name, item.class_index)

@@ -20,17 +20,8 @@ from focusdd_det.types import Source
 
 MAX_BYTES = 1 << 28  # of one picture file; a larger one is not read into memory
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-OTHER = (
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jxl",
-    ".jp2",
-    ".dng",
-    ".cr2",
-    ".nef",
-    ".arw",
-)  # photographs that are not read here
+# Photographs that are not read here.
+OTHER = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from focusdd_det.experiment import child, results, runner, stages
 from focusdd_det.experiment.child import state_of
 from focusdd_det.experiment.distill import StockDistillation, check_distill, distill_command, stock_arguments
 from focusdd_det.experiment.preview import _Composites
-from focusdd_det.experiment.settings import build_config, check, train_settings
+from focusdd_det.experiment.settings import build_config, check, steps_of, train_settings, uses_targets
 from focusdd_det.experiment.spec import Experiment, read_experiment, shipped, variables
 from focusdd_det.experiment.stages import Fingerprints, Stage, Work
 
@@ -60,7 +60,7 @@ def test_shipped_experiments_are_valid(name: str, small: bool, tmp_path: Path) -
 def test_every_table_and_figure_of_the_list_is_shipped() -> None:
     numbers = [5, 6, 7, 8, 11, 13, 15, 16, 17]
     names = {f"table{n}" for n in numbers} | {"fig1_map_over_ipc", "fig5_epochs", "fig5_resolution", "fig8_patches"}
-    assert set(shipped()) == names | {"methods", "variants", "supervision", "noise", "probe"}
+    assert set(shipped()) == names | {"methods", "variants", "supervision", "noise", "probe", "stored"}
 
 
 def test_only_the_numbers_that_are_known_are_called_the_papers(tmp_path: Path) -> None:
@@ -263,8 +263,6 @@ def test_archives_of_one_size_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_seeds_and_shares_reach_build_and_training(bench: Path) -> None:
-    from focusdd_det.experiment.settings import steps_of
-
     experiment = drawn(bench, iterations=40)
     arm = experiment.arms[1]
     steps = steps_of(experiment, arm, 10)
@@ -288,6 +286,20 @@ def test_stock_distillation_gets_the_same_recipe(bench: Path, tmp_path: Path) ->
     assert not {"supervision", "teacher", "kl_cls"} & set(arguments)
     with pytest.raises(ConfigError, match="needs teacher"):
         stock_arguments({**stock, "teacher": None})
+
+
+def test_an_arm_with_a_teacher_of_its_own_asks_it_beside_arms_that_read_a_store(bench: Path, tmp_path: Path) -> None:
+    own = {"train.teacher": "${bench}/teacher.pt"}
+    blocks = {
+        "live": {**own, "train.supervision": "both"},
+        "stored": {"train.supervision": "both"},
+        "boxes": {**own, "train.supervision": "labels"},
+    }
+    experiment = with_arms(drawn(bench), blocks, tmp_path, bench, targets={"pool": 2})
+    check(experiment)
+    values = [train_settings(experiment, arm, 0) for arm in experiment.arms]
+    assert [each["teacher"] for each in values] == [str(bench / "teacher.pt"), None, None]
+    assert [uses_targets(experiment, each) for each in values] == [False, True, False]
 
 
 def test_several_gpus_build_the_stock_distillation_anew(bench: Path, drawn_set: Path, tmp_path: Path) -> None:

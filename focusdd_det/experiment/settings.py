@@ -77,12 +77,13 @@ def train_settings(experiment: Experiment, arm: Arm, seed: int, steps: Steps | N
     if experiment.task == "detect":
         values["eval_data"] = None  # the evaluation is a stage of its own
         values["val"] = False
-        if values.get("supervision") != "labels" and "teacher" not in own and experiment.targets is None:
-            values["teacher"] = build_config(experiment, arm, seed).teacher  # type: ignore[attr-defined]
-        if experiment.targets is not None or values.get("supervision") == "labels":
+        if values.get("supervision") == "labels":
             values["teacher"] = None
-        if experiment.targets is not None and values.get("supervision") == DISTILL:
-            values["teacher"] = own.get("teacher") or experiment.section("targets", arm).get("teacher")
+        elif "teacher" not in own and experiment.targets is None:
+            values["teacher"] = build_config(experiment, arm, seed).teacher  # type: ignore[attr-defined]
+        elif "teacher" not in own:
+            distill = values.get("supervision") == DISTILL  # which has no use for what is stored
+            values["teacher"] = experiment.section("targets", arm).get("teacher") if distill else None
     elif "data" in experiment.section("eval", arm):
         values["eval_data"] = experiment.section("eval", arm)["data"]
     epochs = steps.epochs if steps else 100 if experiment.iterations_of(arm) else int(values["epochs"])
@@ -114,8 +115,8 @@ def steps_of(experiment: Experiment, arm: Arm, composites: int) -> Steps:
 
 
 def uses_targets(experiment: Experiment, train: Mapping[str, Any]) -> bool:
-    """Whether a training reads stored soft targets of a detector."""
-    return experiment.targets is not None and train.get("supervision") in ("kl", "both")
+    """Whether a training reads stored soft targets of a detector: one with a teacher of its own asks that."""
+    return experiment.targets is not None and train.get("supervision") in ("kl", "both") and not train.get("teacher")
 
 
 def uses_store(experiment: Experiment, train: Mapping[str, Any]) -> bool:
