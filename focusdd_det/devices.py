@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from focusdd_det.errors import ConfigError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 A_THREAD = 640**2  # pixels of a part of a batch: measured in docs/performance.md
+_CPUINFO = Path("/proc/cpuinfo")
+_MULTIPLY = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM; avx_ne_convert only converts
 
 
 def device_of(name: str) -> str:
@@ -40,6 +43,22 @@ def device_of(name: str) -> str:
 def processors() -> int:
     """Those that this process may use, at least one: on a shared machine fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; False where nobody tells. Never raises.
+
+    Not `torch.ops.mkldnn._is_mkldnn_bf16_supported`, which is also true where bfloat16 is emulated on AVX-512.
+    """
+    with contextlib.suppress(OSError), _CPUINFO.open(errors="replace") as lines:
+        for line in lines:
+            key, _, flags = line.partition(":")
+            if key.strip() in ("flags", "Features"):  # of the first processor
+                return not _MULTIPLY.isdisjoint(flags.split())
+    import torch
+
+    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # Windows, macOS; AMX never comes without it
+    return bool(ask is not None and ask())
 
 
 def at_once(pixels: int, a_thread: int = A_THREAD) -> int:

@@ -25,7 +25,7 @@ from focusdd_det.backbones import (
 )
 from focusdd_det.backbones.timm_vit import TimmViT, problems_of
 from focusdd_det.classmap import imagenet_synsets
-from focusdd_det.devices import at_once, whole_float32
+from focusdd_det.devices import at_once, has_bfloat16, whole_float32
 from focusdd_det.disk import file_sha256
 from focusdd_det.errors import WeightsError
 
@@ -284,8 +284,7 @@ def precision_of(precision: str, device: str) -> Literal["fp32", "bf16", "fp16"]
         return precision  # type: ignore[return-value]
     if torch.device(device).type == "cuda":
         return "fp16"
-    told = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bf16" if any(ask is not None and ask() for ask in told) else "fp32"
+    return "bf16" if has_bfloat16() else "fp32"
 
 
 def token_grid(name: str, weights: str | None, view: int | str) -> int:

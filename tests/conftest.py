@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,26 +138,34 @@ def draw(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[tuple[in
 
 def write_set(folder: Path, count: int = 10, size: int = 96, seed: int = 0) -> Path:
     """A small distilled set of drawn pictures, complete as a build would leave it."""
+    rng = np.random.default_rng(seed)
+    pictures = []
+    for _ in range(count):
+        image, rows = draw(rng, size)
+        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        pictures.append((encoded, "".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in rows)))
+    return pack_set(folder, pictures, NAMES)
+
+
+def pack_set(folder: Path, pictures: Sequence[tuple[bytes, str]], names: Sequence[str]) -> Path:
+    """A distilled set of JPEGs and their label rows, complete as a build would leave it."""
     from focusdd_det import detset
 
-    rng = np.random.default_rng(seed)
     lines = []
     for part in detset.PARTS:
         (folder / part / "train").mkdir(parents=True)
-    for i in range(count):
-        image, rows = draw(rng, size)
-        name = NAMES[i % len(NAMES)]
-        item_id = f"{name}-{i:04d}"
-        encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-        labels = "".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in rows).encode()
-        files = {"images": encoded, "labels": labels, "soft": b"not read by the training"}
+    for i, (encoded, labels) in enumerate(pictures):
+        name = names[i % len(names)]
+        files = {"images": encoded, "labels": labels.encode(), "soft": b"not read by the training"}
         hashes = {part: hashlib.sha256(data).hexdigest() for part, data in files.items()}
-        item = detset.Item(item_id, name, i % len(NAMES), name, i, i, i, (), len(rows), hashes)
+        boxes = labels.count("\n")
+        item_id = f"{name.replace(' ', '_')}-{i:04d}"
+        item = detset.Item(item_id, name, i % len(names), name, i, i, i, (), boxes, hashes)
         for part, data in files.items():
             detset.part_path(folder, part, item).write_bytes(data)
         lines.append(item.line())
     (folder / "manifest.jsonl").write_text("".join(lines))
-    (folder / "data.yaml").write_bytes(detset.data_yaml(NAMES))
+    (folder / "data.yaml").write_bytes(detset.data_yaml(names))
     (folder / "build.yaml").write_text("format: focusdd_det set\n")
     (folder / "README.md").write_text("a set for tests\n")
     (folder / "COMPLETE").write_bytes(detset.seal(folder))

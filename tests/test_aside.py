@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_detector
@@ -61,24 +62,56 @@ def test_order_on_two_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def refused(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError(f"{name} waits for the device")
+
+    return refuse
+
+
 class NoWait(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: a value as a Python number, a shape that depends on values."""
+    """Refuses what makes the host wait for a GPU: a value as a Python number, a shape that depends on values, a copy
+    for the CPU. What a tensor that is there already answers without any operation is refused by its name."""
+
+    CALLS = ("cpu", "numpy", "tolist", "item", "__array__", "__bool__", "__int__", "__float__", "__index__")
+
+    def __enter__(self) -> NoWait:
+        self.patch, to = pytest.MonkeyPatch(), torch.Tensor.to
+        for name in self.CALLS:
+            self.patch.setattr(torch.Tensor, name, refused(name))
+        moved = lambda x, *to_what, **how: (refused("to") if "cpu" in to_what else to)(x, *to_what, **how)  # noqa: E731
+        self.patch.setattr(torch.Tensor, "to", moved)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patch.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"):
-            raise AssertionError(f"{name} waits for the device")
+            refused(name)()
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         if any(index is not None and index.dtype is torch.bool for index in indices):
-            raise AssertionError(f"{name} by a mask waits for the device")
+            refused(f"{name} by a mask")()
         return func(*args, **(kwargs or {}))
 
 
-def test_the_guard_sees_a_wait() -> None:
+@pytest.mark.parametrize(
+    "wait",
+    [
+        bool, int, float, range, np.asarray, torch.nonzero,
+        lambda x: x.item(), lambda x: x.tolist(), lambda x: x.numpy(), lambda x: x.cpu(), lambda x: x.to("cpu"),
+        lambda x: x[x > 0], lambda x: 1 if x > 0 else 0,
+    ],
+)  # fmt: skip
+def test_the_guard_sees_a_wait(wait: Callable[[torch.Tensor], object]) -> None:
+    x = torch.ones(1, dtype=torch.int64)
+    wait(x)
     with NoWait(), pytest.raises(AssertionError, match="waits for the device"):
-        bool(torch.ones(1) > 0)
-    with NoWait(), pytest.raises(AssertionError, match="waits for the device"):
-        torch.ones(3)[torch.ones(3) > 0]
+        wait(x)
+    wait(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,6 +127,25 @@ def test_supervision_does_not_wait_for_the_device(tmp_path: Path, dtype: torch.d
         read = sparse_supervision_terms(student, stored, reg_max=16)
         (live.cls + live.box + read.cls + read.box).backward()
     assert student["scores"].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_supervision_asks_a_device_that_holds_no_values_for_none(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's `meta` stands for a GPU: like there, a batch is taken as a whole, and asking for a value is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # `meta` has none
+    shapes = {"boxes": (2, 64, 84), "scores": (2, 3, 84)}
+    student = {key: torch.zeros(shape, device="meta", requires_grad=True) for key, shape in shapes.items()}
+    teacher = {key: torch.randn(shape, dtype=dtype) for key, shape in shapes.items()}
+    stored = thin(teacher, 0.3, 2).half().to("meta")
+    heads = {key: value.to("meta") for key, value in teacher.items()}
+    with NoWait():
+        all_finite(heads)
+        live = supervision_terms(student, heads, student_reg_max=16, teacher_reg_max=16)
+        read = sparse_supervision_terms(student, stored, reg_max=16)
+        (live.cls + live.box + read.cls + read.box).backward()
+    assert student["scores"].grad.device.type == "meta"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

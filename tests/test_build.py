@@ -26,6 +26,7 @@ from focusdd_det.detset import read_data_yaml, read_manifest, read_soft, verify
 from focusdd_det.errors import ConfigError, DataError, DiskError, WeightsError
 from focusdd_det.labels import parse_rows
 from focusdd_det.plan import make_plan
+from focusdd_det.scoring import looking
 
 Build = Callable[..., Path]
 
@@ -259,6 +260,7 @@ def test_scores_are_kept_for_the_next_build(
     calls = []
     forward = Selector.__call__
     monkeypatch.setattr(Selector, "__call__", lambda self, x: calls.append(len(x)) or forward(self, x))
+    monkeypatch.setattr("focusdd_det.selector.at_once", lambda _: 8)
     store = str(tmp_path / "scores.sqlite")
     first = make(bench, tmp_path / "a", scores=store)
     assert sum(calls) == 40  # 40 sources: one batch of 64, without the parts that are padding alone
@@ -297,6 +299,25 @@ def test_moved_pictures_and_another_map_cost_no_pass_of_the_vit(
     make(bench, tmp_path / "d", scores=store, class_map=str(bench / "map.yaml"), confidence="max", loader=loader)
     with pytest.raises(AssertionError):  # another way of looking is another score
         make(bench, tmp_path / "e", scores=store, geometry="crop", **changed)
+
+
+@pytest.mark.parametrize("loader", ["threads", "processes"])
+def test_batches_are_full_across_classes(
+    bench: Path, tmp_path: Path, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 + 14 + 12 sources in batches of 16."""
+    seen: list[list[str]] = []
+    real = looking.Looker.__call__
+
+    def noted(self: Any, batch: Any, pixels: Any) -> Any:
+        assert len(pixels) == 16
+        seen.append([located.source.group for located, _ in batch])
+        return real(self, batch, pixels)
+
+    monkeypatch.setattr(looking.Looker, "__call__", noted)
+    make(bench, tmp_path / "set", batch=16, loader=loader, screen="off")
+    assert [len(groups) for groups in seen] == [16, 16, 8]
+    assert [len(set(groups)) for groups in seen] == [2, 2, 1]
 
 
 def test_a_set_records_the_precision_that_was_used(bench: Path, tmp_path: Path, made: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import cv2
@@ -102,6 +104,33 @@ def test_nothing_runs_further_ahead_than_it_may(pictures: Path) -> None:
         next(outcomes)
         assert asked <= taken + DEPTH
     outcomes.close()
+
+
+def test_no_pixels_cross_the_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ball").mkdir()
+    big = np.random.default_rng(0).integers(0, 256, (12, 16, 3)).astype(np.uint8).repeat(100, 0).repeat(100, 1)
+    for i in range(3):
+        cv2.imwrite(str(tmp_path / "ball" / f"{i}.jpg"), big)
+    sizes: dict[str, list[int]] = {"send": [], "recv": []}
+
+    def note(name: str) -> None:
+        real = getattr(Connection, name)
+
+        def call(self: Connection, *what: object) -> object:
+            answer = real(self, *what)
+            sizes[name].append(len(pickle.dumps(what[0] if what else answer)))
+            return answer
+
+        monkeypatch.setattr(Connection, name, call)
+
+    note("send")
+    note("recv")
+    for _, outcome in in_processes(sources(tmp_path), task(), 1, DEPTH):
+        assert isinstance(outcome, Glance)
+        assert outcome.views[0].std() > 10
+    _the_task, *asked = sizes["send"]
+    assert len(asked) == len(sizes["recv"]) == 3
+    assert max(asked + sizes["recv"]) < 1000 < 3 * VIEW**2
 
 
 def test_known_contents_are_not_decoded(pictures: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from focusdd_det.devices import device_of, processors, whole_float32
+from focusdd_det import devices
+from focusdd_det.devices import device_of, has_bfloat16, processors, whole_float32
 from focusdd_det.errors import ConfigError
+from focusdd_det.selector import precision_of
+from focusdd_det.training.precision import warn_if_slow
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,36 @@ def test_only_processors_that_may_be_used_count() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert processors() == len(before)
+
+
+@pytest.mark.parametrize(
+    ("told", "there"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", True),
+        ("flags\t\t: fpu avx2 amx_tile amx_bf16", True),
+        ("flags\t\t: fpu avx512f avx512bw avx512dq avx512vl amx_tile avx_ne_convert", False),  # emulated, or converted
+        ("Features\t: fp asimd i8mm bf16 dgh", True),  # ARM
+        ("Features\t: fp asimd asimdhp sve", False),
+    ],
+)
+def test_a_processor_with_bfloat16_is_known_to_all(
+    told: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: bf16\n{told}\nbugs\t\t: bf16\n")
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "cpuinfo")
+    assert has_bfloat16() is there
+    assert precision_of("auto", "cpu") == ("bf16" if there else "fp32")
+    warn_if_slow()
+    assert ("no bfloat16 instructions" in caplog.text) is not there
+
+
+@pytest.mark.parametrize("there", [True, False, None])
+def test_without_a_cpuinfo_torch_is_asked(there: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_CPUINFO", tmp_path / "nowhere")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there, raising=False)
+    if there is None:  # of a torch that does not say
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert has_bfloat16() is bool(there)
 
 
 @pytest.mark.parametrize(("kind", "dtype", "inside"), [("cuda", torch.float32, False), ("cuda", torch.float16, True)])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -251,6 +254,46 @@ def test_logits_beyond_what_an_exponential_holds_are_no_infinity() -> None:
     result = terms({**large, "scores": -large["scores"]}, large, beta=0)
     assert result.cls.item() == pytest.approx(500)
     assert terms(large, {**large, "scores": -large["scores"]}, beta=0).cls.item() == pytest.approx(500)
+
+
+def formulas(student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> Supervision:
+    """What the terms stand for, with autograd's own backward pass."""
+    q = teacher["scores"].sigmoid()
+    weight, f = (q - student["scores"].detach().sigmoid()).abs(), q.amax(1)
+    cls = (weight * bernoulli_kl(teacher["scores"], student["scores"])).sum()
+    return Supervision(cls, (f * bins_kl(teacher["boxes"], student["boxes"], 4)).sum())
+
+
+def kept(how: Any, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Every tensor of more than one element that is kept for the backward pass."""
+    found: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x):
+        sum(how({key: value.clone().requires_grad_() for key, value in student.items()}, teacher)).backward()
+    return [tensor for tensor in found if tensor.numel() > 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_of_each_term_one_tensor_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
+    student = head(1, anchors=50)
+    teacher = {key: value.to(dtype) for key, value in head(2, anchors=50).items()}
+    ours = kept(terms, student, teacher)
+    assert sorted(tensor.shape for tensor in ours) == sorted(value.shape for value in student.values())
+    assert {tensor.dtype for tensor in ours} == {torch.float32}
+    autograds = [tensor.numel() for tensor in kept(formulas, student, teacher)]
+    assert autograds.count(student["scores"].numel()) >= 6
+    assert autograds.count(student["boxes"].numel()) >= 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_nothing_of_the_teacher_is_kept_for_the_backward_pass(dtype: type) -> None:
+    student = {key: value.requires_grad_() for key, value in head(1).items()}
+    arrays = [value.numpy().astype(dtype) for value in head(2).values()]
+    alive = [weakref.ref(array) for array in arrays]  # for as long as any tensor that shares their memory
+    result = terms(student, dict(zip(("boxes", "scores"), map(torch.from_numpy, arrays), strict=True)))
+    del arrays
+    assert all(array() is None for array in alive)
+    sum(result).backward()
+    assert all(value.grad.abs().sum() > 0 for value in student.values())
 
 
 @given(st.lists(LOGITS, min_size=4, max_size=4), st.lists(LOGITS, min_size=4, max_size=4))

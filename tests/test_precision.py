@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from focusdd_det.classify.nets import make_net
+from focusdd_det.training import precision
 from focusdd_det.training.precision import amp_is_sound, class_scores, half_is_close
 
 
@@ -33,3 +38,13 @@ class _Loud(nn.Module):
 
 def test_one_that_overflows_is_told() -> None:
     assert not half_is_close(_Loud(), class_scores, 32)
+
+
+@pytest.mark.parametrize(("device", "close", "said"), [("cpu", True, 0), ("cuda:0", True, 0), ("cuda:0", False, 1)])
+def test_only_a_gpu_is_said_to_be_unsound(
+    device: str, close: bool, said: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device(device))]))
+    monkeypatch.setattr(precision, "half_is_close", lambda *_: close)
+    assert amp_is_sound(model) is (device != "cpu" and close)
+    assert caplog.text.count("not sound on this GPU") == said

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from focusdd_det.errors import ConfigError, DataError, WeightsError
 from focusdd_det.experiment.child import state_of
-from focusdd_det.trainer import OWN_KEYS, FocusDDTrainer
+from focusdd_det.teacher import Detector
+from focusdd_det.trainer import OWN_KEYS, FocusDDTrainer, all_finite
 from focusdd_det.training import exact_resume, supervision
+from focusdd_det.training.aside import Aside
 from focusdd_det.training.command import plan, train_overrides
 from focusdd_det.training.replay import EpochSampler, ReplayDataset, replay_loader
 from focusdd_det.training.supervision import Options
@@ -120,6 +124,38 @@ def test_no_anchors_are_made_where_both_have_the_same_bins(
     trainer = FocusDDTrainer(overrides=options(tmp_path, drawn_set, **values))
     trainer.train()
     assert float(rows(tmp_path / "runs" / "run")[0]["train/kl_dfl_loss"]) > 0
+
+
+def test_the_teacher_is_asked_aside_before_the_student_and_joined_by_the_loss(
+    tmp_path: Path, drawn_set: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Noted(Aside):
+        @contextlib.contextmanager
+        def running(self) -> Iterator[None]:
+            done.append("aside")
+            yield
+            done.append("back")
+
+        def join(self) -> None:
+            done.append("join")
+
+    def noted(name: str, before: Any) -> Any:
+        return lambda *args, **more: (done.append(name), before(*args, **more))[1]
+
+    def watch(trainer: Any) -> None:
+        trainer.model.model[0].register_forward_pre_hook(lambda *_: done.append("student"))
+        trainer.model.model[-1].register_forward_hook(lambda *_: done.append("its heads"))
+
+    monkeypatch.setattr("focusdd_det.trainer.Aside", Noted)
+    monkeypatch.setattr("focusdd_det.trainer.all_finite", noted("finite?", all_finite))
+    monkeypatch.setattr(Detector, "heads", noted("teacher", Detector.heads))
+    monkeypatch.setattr(supervision, "supervision_terms", noted("loss", supervision.supervision_terms))
+    values = options(tmp_path, drawn_set, teacher=str(teacher_file), epochs=1)
+    FocusDDTrainer(overrides=values, _callbacks={**_callbacks(), "on_train_start": [watch]}).train()
+    step = ["aside", "teacher", "finite?", "back", "student", "its heads", "join", "loss"]
+    assert done == 3 * step  # ten pictures in batches of four
 
 
 def test_the_kernel_of_the_optimizer_is_that_of_the_machine() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import LOGGER
 
+from focusdd_det.devices import has_bfloat16
 from focusdd_det.errors import ConfigError
 from focusdd_det.losses import ONE2MANY
 
@@ -68,7 +69,7 @@ def check_precision(precision: str, device: Any, amp: Any = True) -> None:
 
 def warn_if_slow() -> None:
     """Say so where bfloat16 is emulated: right, and slower than float32."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16():
         LOGGER.warning("this processor has no bfloat16 instructions: precision=bf16 is much slower here than fp32")
 
 
@@ -84,8 +85,13 @@ def bf16_on_cpu() -> Iterator[None]:
 
 
 def amp_is_sound(model: nn.Module, scores: Callable[[Any], Tensor] = detector_scores, size: int = 256) -> bool:
-    """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU."""
-    sound = next(model.parameters()).device.type == "cuda" and half_is_close(model, scores, size)
+    """Whether float16 autocast gives this model finite scores close to float32's on its GPU. False on a CPU.
+
+    As Ultralytics has it, that is said of a GPU alone: elsewhere nobody asked for mixed precision.
+    """
+    if next(model.parameters()).device.type != "cuda":
+        return False
+    sound = half_is_close(model, scores, size)
     if not sound:
         LOGGER.warning("mixed precision is not sound on this GPU; training in float32")
     return sound
