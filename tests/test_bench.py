@@ -14,7 +14,8 @@ from conftest import save_detector, tiny_yaml
 
 from focusdd_det.bench.command import USAGE, bench_command
 from focusdd_det.bench.options import PARTS, BenchOptions, Request
-from focusdd_det.bench.timing import Ratio, compare, ratio, together
+from focusdd_det.bench.quoting import busy, wide
+from focusdd_det.bench.timing import Ratio, compare, in_turns, ratio, together
 from focusdd_det.bench.train import ratios
 from focusdd_det.cli import run_main
 from focusdd_det.commandline import parse_tokens
@@ -87,6 +88,39 @@ def test_a_ratio_is_paired_by_round() -> None:
 
 def test_sums() -> None:
     assert together([1.0, 2.0], [10.0, 20.0]) == [11.0, 22.0]
+
+
+def test_points_that_measure_themselves_take_turns() -> None:
+    order: list[str] = []
+
+    def point(name: str) -> Any:
+        def run() -> str:
+            order.append(name)
+            return f"{name}{len(order)}"
+
+        return run
+
+    assert in_turns([point("a"), point("b"), point("c")], 2) == [["a1", "b2", "c3"], ["a6", "b4", "c5"]]
+
+
+# ---- what should not be quoted ----
+
+
+def test_a_busy_machine_is_told() -> None:
+    assert busy(1.0, 2) == busy(None, 2) == busy(8.0, 16) == []
+    assert busy(1.01, 2) == [
+        "the machine was busy before this began (load 1.01 on 2 processors): its numbers should not be quoted"
+    ]
+
+
+def test_a_wide_spread_is_told_wherever_it_is() -> None:
+    def spread(low: float, high: float) -> dict[str, float]:
+        return {"median": (low + high) / 2, "low": low, "high": high}
+
+    part = {"ratios": {"a / b": spread(1.0, 1.5), "c / d": spread(0.8, 1.25)}, "seconds": {"a": [1.0]}, "n": 3}
+    assert wide({}) == wide({"ratios": {"a / b": spread(2.0, 3.0)}}) == []
+    (note,) = wide({**part, "epochs": {"ratios": {"e / f": spread(1.0, 2.0)}}})
+    assert "not to be quoted" in note and note.endswith(": c / d; e / f")
 
 
 # ---- options ----
@@ -203,6 +237,30 @@ def test_what_was_measured_is_kept_when_a_later_part_fails(
     assert torch.get_num_threads() == before
     (tmp_path / "file").touch()
     assert run_main(bench_command, ["--quick", f"out={tmp_path / 'file'}"]) == 5
+
+
+def test_notes_say_what_should_not_be_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Part:
+        @staticmethod
+        def measure(options: object, work: Path) -> dict[str, Any]:
+            high = 1.0 if work.name == "build" else 2.0
+            return {"ratios": {"a / b": {"median": 1.0, "low": 1.0, "high": high}}}
+
+        @staticmethod
+        def table(result: dict[str, Any]) -> str:
+            return "the table"
+
+    monkeypatch.setattr("focusdd_det.bench.command.part_module", lambda name: Part)
+    for mean, notes in ((0.0, (0, 1)), (999.0, (1, 2))):
+        monkeypatch.setattr("os.getloadavg", lambda mean=mean: (mean,) * 3)
+        assert run_main(bench_command, ["--quick", f"out={tmp_path}", "parts=build,scaling"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count("the machine was busy") == notes[0]
+        assert printed.count("wide spread") == 1
+        parts = json.loads((tmp_path / "bench.json").read_text())["parts"]
+        assert [len(parts[name]["not_to_quote"]) for name in ("build", "scaling")] == list(notes)
 
 
 def test_training_steps_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

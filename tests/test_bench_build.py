@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from focusdd_det.bench import build as bench_build
-from focusdd_det.bench import scaling
-from focusdd_det.bench.machine import peak_resident
+from focusdd_det.bench.extrapolate import extrapolated, meaning, told
 from focusdd_det.bench.options import DEMO, BenchOptions
-from focusdd_det.bench.pictures import draw_sources, prepare
+from focusdd_det.bench.pictures import class_map, draw_large, draw_sources, prepare
 from focusdd_det.errors import ConfigError, FocusDDError, WeightsError
 from focusdd_det.scoring.decode import decode, upright_jpeg
 
@@ -39,6 +35,65 @@ def test_drawn_sources_are_different_files_of_the_usual_size(tmp_path: Path) -> 
     assert decode(data[0], 112)[0].shape == (188, 250, 3)
 
 
+def test_large_pictures_are_the_same_every_time_and_have_texture() -> None:
+    data = draw_large(2)
+    assert data[0] == draw_large(1)[0] != data[1]
+    assert upright_jpeg(data[0]) == (2000, 1500)
+    assert 700_000 < len(data[0]) < 2_000_000
+    assert decode(data[0], 224)[0].shape == (375, 500, 3)
+
+
+def test_folders_are_classes_or_share_them() -> None:
+    assert class_map(["a", "b"], ["x", "y", "z"]) == {"names": ["x", "y"], "folders": {"a": "x", "b": "y"}}
+    assert class_map(["a", "b"], ["x"]) == {"names": ["x"], "folders": {"a": "x"}}
+    shared = {"names": ["x", "y"], "folders": {"a": "x", "b": "y", "c": "x"}}
+    assert class_map(["a", "b", "c"], ["x", "y", "z"], shared=2) == shared
+
+
+def test_near_duplicates_are_passed_over_in_pictures_that_were_not_drawn_for_it(
+    options: BenchOptions, tmp_path: Path
+) -> None:
+    top = draw_sources(tmp_path / "mine", 2, 2)
+    for name in ("drawn", "given"):
+        (tmp_path / name).mkdir()
+    assert prepare(options, tmp_path / "drawn", 2, 2).config.near_duplicate == 0
+    assert prepare(replace(options, sources=str(top)), tmp_path / "given", 0, 0).config.near_duplicate == 6
+
+
+def test_ratios_are_paired_by_round() -> None:
+    seconds = {
+        bench_build.DECODE: [1.0, 3.0], "ViT alone, fp32": [3.0, 1.0], "scoring, fp32": [8.0, 8.0],
+        bench_build.PLAIN: [6.0, 2.0], bench_build.LOOP: [16.0, 16.0], "scoring, twice": [4.0, 4.0],
+    }  # fmt: skip
+    loop = bench_build.LOOP
+    on_cpu = {name: each.median for name, each in bench_build.ratios(seconds, ["fp32"], ["twice"], False).items()}
+    assert on_cpu == {
+        "scoring / (decode + ViT), fp32": 2.0, f"{loop} / scoring, fp32": 2.0,
+        f"ViT alone, fp32 / {bench_build.PLAIN}": 0.5, f"{loop} / scoring, twice": 4.0,
+    }  # fmt: skip
+    on_gpu = bench_build.ratios(seconds, ["fp32"], [], True)
+    assert on_gpu["scoring / the slower of decode and ViT, fp32"].median == pytest.approx(8 / 3)
+
+
+def test_what_the_times_mean_for_imagenet_and_for_the_paper_s_class() -> None:
+    # 12,811.67 s + 50,000 x 0.1 s = 17,811.67 s; 13 s + 10 s.
+    found = meaning(source_ms=10, composite_ms=100)
+    assert found.imagenet_hours == pytest.approx(17_811.67 / 3600)
+    assert found.class_seconds == pytest.approx(23)
+    # 0.5, 1 and 0.4 s for 50 sources: 10 ms each in the median.
+    times = {"scoring, fp32": [0.5, 1.0, 0.4], "scoring, bf16 then fp32": [0.25], "ViT alone, fp32": [9.0]}
+    every = extrapolated(times, 50, composing=4.0, composites=40)
+    assert extrapolated(times, 50, 0.0, 0) == {} and told({}, 640, None) == []
+    assert every == {"fp32": found, "bf16 then fp32": meaning(5, 100, screened=True)}
+    assert every["bf16 then fp32"].class_seconds is None, "1,300 sources are too few for a screening"
+    plain = {name: each._asdict() for name, each in every.items()}
+    text = "\n".join(told(plain, 640, None))
+    assert "1,281,167 sources x 10.00 ms + 1000 classes x IPC 50 composites x 100.0 ms = 4.95 hours" in text
+    assert "a class of 1,300 at IPC 100: 23.00 s" in text
+    assert "8.67 s on an RTX 4090 with DeiT-S; target on a GPU 0.87 s" in text and "GB" not in text
+    assert "1.50 GB; the paper's 6.84 GB; target 2 GB" in "\n".join(told(plain, 640, 1.5))
+
+
 def test_a_build_is_measured_beside_its_floor(
     options: BenchOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,14 +102,20 @@ def test_a_build_is_measured_beside_its_floor(
     assert json.loads(json.dumps(result)) == result
     assert {"decode alone", "ViT alone, fp32", "scoring, fp32", "straightforward loop (fp32)"} <= set(result["seconds"])
     assert {"read", "decode for the view", "resize", "ViT", "selection", "cut", "compose, a composite",
-            "teacher, a composite", "write, a composite"} <= set(result["stages_ms"])  # fmt: skip
+            "teacher, a composite", "write, a composite", "decode for the view, 2000 x 1500 px",
+            "full decode, 2000 x 1500 px"} <= set(result["stages_ms"])  # fmt: skip
     assert "scoring / (decode + ViT), fp32" in result["ratios"]
+    assert "full decode, 2000 x 1500 px / decode for the view, 2000 x 1500 px" in result["ratios"]
     agreement = result["agreement"]["fp32"]
-    assert 0.5 < agreement["chosen"] <= 1
+    assert 0.5 < agreement["chosen"] <= 1 and agreement["composites"] <= agreement["windows"]
+    assert agreement["of"] == result["whole_build"]["composites"] == 8
     assert 0 < agreement["p"] < 0.5  # decoding at reduced size is not the same as decoding in full
+    assert {"fp32", "bf16", "bf16 then fp32"} <= set(result["extrapolated"])
+    assert result["extrapolated"]["fp32"]["imagenet_hours"] > 0
     text = bench_build.table(result)
     assert "<= 1.15" in text
     assert ">= 1.7" in text
+    assert "ImageNet-1K: 1,281,167 sources x " in text
 
 
 def test_a_screening_is_measured_and_chooses_what_full_precision_chooses(
@@ -107,52 +168,3 @@ def test_without_weights_the_models_are_random_and_it_says_so(options: BenchOpti
     assert "random weights" in "".join(bench.notes)
     assert Path(bench.config.teacher).is_file()
     assert Path(str(bench.config.selector_weights)).is_file()
-
-
-def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it() -> None:
-    held = bytearray(os.urandom(1 << 20) * 600)
-    code = "from focusdd_det.bench.machine import peak_resident; print(peak_resident())"
-    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert len(held) > 500 << 20
-    assert child < 550
-    assert peak_resident() > 600
-
-
-def test_slopes() -> None:
-    assert scaling.slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
-    assert scaling.slope([10, 100], [5, 500]) == pytest.approx(2)
-    assert scaling.slope([1, 10, 100], [7, 7, 7]) == pytest.approx(0)
-    with pytest.raises(ValueError, match="above 0"):
-        scaling.slope([1, 2], [0, 1])
-
-
-def test_the_plot_is_a_png(tmp_path: Path) -> None:
-    values = {"x": [1, 2], "seconds": [1.0, 2.0], "what": "w", "expected": "1"}
-    names = ("sources", "classes", "ipc", "workers")
-    result = {"series": dict.fromkeys(names, values), "slopes": dict.fromkeys(names, 1.0), "memory": [], "growth": {}}
-    scaling.plot(result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "| sources | w | 1: 1.00, 2: 2.00 | 1.00 | 1 |" in scaling.table(result)
-
-
-def test_the_growth_of_memory_is_that_between_the_first_and_the_last_row() -> None:
-    rows = [
-        {"sources": n, "peak": 100.0 + b, "beyond": b} for n, b in ((1_000, 30.0), (10_000, 99.0), (101_000, 130.0))
-    ]
-    found = scaling.growth(rows)
-    assert found == pytest.approx({"from": 1_000, "to": 101_000, "mib_per_1000": 1.0, "bytes_a_source": 1048.576})
-    assert scaling.growth(rows[:1]) == scaling.growth([]) == {}
-    text = scaling.table({"series": {}, "slopes": {}, "memory": rows, "growth": found})
-    assert "| 101,000 | 230 | 130 |" in text
-    assert "Growth from 1,000 to 101,000 sources: 1.000 MiB per 1,000 sources, 1049 bytes a source." in text
-    assert "below 1536 MiB" in text
-
-
-@pytest.mark.slow
-def test_how_a_build_grows(options: BenchOptions, tmp_path: Path) -> None:
-    result = scaling.measure(options, tmp_path)
-    assert set(result["slopes"]) == {"sources", "classes", "ipc", "workers"}
-    assert [row["sources"] for row in result["memory"]] == [200, 2000]
-    assert all(row["peak"] > row["beyond"] for row in result["memory"])
-    assert result["growth"] == scaling.growth(result["memory"])
-    assert (options.out / "scaling.png").is_file()

@@ -12,9 +12,11 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from focusdd_det.bench.options import PARTS, Request
+from focusdd_det.bench.quoting import busy, wide
 from focusdd_det.commandline import parse_tokens, wants_help
 from focusdd_det.config import describe, load
 from focusdd_det.demo.quiet import keep_quiet
+from focusdd_det.devices import has_bfloat16
 from focusdd_det.disk import write_atomic
 from focusdd_det.errors import DiskError
 
@@ -28,7 +30,8 @@ USAGE = """Measure a build and a training step beside their floor, in one run, a
   python tools/bench.py parts=build,scaling sources=imagenet/train selector_weights=weights/deit_small.safetensors
 
 Cases of a part run in turns, round by round, and a ratio is that of two times of one round: its median, and the
-10 % and 90 % quantiles over the rounds. Everything is made in a temporary folder; bench.json and plots are kept.
+10 % and 90 % quantiles over the rounds. Notes say what should not be quoted: the machine was busy, or a ratio's spread
+is wide. Everything is made in a temporary folder; bench.json and plots are kept.
 Every key of the list below as `key=value` or `--key value`.
 """
 
@@ -53,12 +56,13 @@ def bench_command(argv: Sequence[str]) -> int:
 
         from focusdd_det.bench.machine import described, machine
 
-        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        options = request.options(torch.cuda.device_count(), bf16)
+        options = request.options(torch.cuda.device_count(), has_bfloat16())
         if options.on_gpu:
             torch.cuda.set_device(int(options.device))  # what peak memory is asked of
         facts = machine(options.device)
         print(described(facts))
+        not_to_quote = busy(facts["load_at_start"], facts["processors"])
+        _note(not_to_quote)
         results: dict[str, Any] = {}
         content = {"command": list(argv), "machine": facts, "options": _plain(options), "parts": results}
         kept = options.out / "bench.json"
@@ -77,11 +81,19 @@ def bench_command(argv: Sequence[str]) -> int:
             results[part] = module.measure(options, place)
             results[part]["took_seconds"] = round(time.monotonic() - began, 1)
             results[part]["torch_threads"] = torch.get_num_threads()  # at its end
+            spread = wide(results[part])
+            results[part]["not_to_quote"] = [*not_to_quote, *spread]
             print(f"\n{module.table(results[part])}\n\ntorch threads: {results[part]['torch_threads']}", flush=True)
+            _note(spread)
             write_atomic(kept, (json.dumps(content, indent=1) + "\n").encode())
     if results:
         print(f"\n{kept}")
     return 0
+
+
+def _note(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", flush=True)
 
 
 def part_module(name: str) -> ModuleType:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from focusdd_det.errors import ConfigError
 from focusdd_det.sources import Root, folder_names
 
 SIZE = (500, 375)  # width and height of the usual ImageNet picture, px
+LARGE = (2000, 1500)  # of one from a camera or a telephone
 COMPOSITE, MOST_CLASSES = 640, 40
 
 
@@ -51,22 +53,32 @@ def draw_sources(top: Path, classes: int, each: int, size: tuple[int, int] = SIZ
     return top
 
 
+def draw_large(count: int) -> list[bytes]:
+    """JPEGs of LARGE, with as fine a texture as those of SIZE have; the same ones every time."""
+    rng = np.random.default_rng(1)
+    return [_scene(rng, *LARGE) for _ in range(count)]
+
+
 def _scene(rng: np.random.Generator, width: int, height: int) -> bytes:
     picture = np.zeros((height, width, 3), np.float32)
-    for cells, strength in ((4, 90.0), (16, 50.0), (64, 30.0), (200, 14.0)):
+    finest = ((2 * width // 5, 14.0),) if width > SIZE[0] else ()
+    for cells, strength in ((4, 90.0), (16, 50.0), (64, 30.0), (200, 14.0), *finest):
         noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         picture += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     pixels = np.clip(picture + 120, 0, 255).astype(np.uint8)
     return bytes(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
 
 
-def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: Any) -> Bench:
+def prepare(
+    options: BenchOptions, work: Path, classes: int, each: int, shared: int | None = None, **more: Any
+) -> Bench:
     """Sources, map and models for a build.
 
     Args:
         options: sources, selector, its weights, teacher, workers, device; what is not given is made.
         work: an empty folder.
         classes, each: what is drawn where no sources are given.
+        shared: so many classes share the folders of the sources; None: one folder is one class.
         more: keys of cfg/build_det.yaml that win.
     """
     notes = []
@@ -78,8 +90,7 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
     selector, weights, told = _selector(options, work)
     teacher, names, told_too = _teacher(options, work)
     notes += [*told, *told_too]
-    folders = sorted(folder_names(Root("bench", top, {})))[: min(len(names), MOST_CLASSES)]
-    content = {"names": names[: len(folders)], "folders": dict(zip(folders, names, strict=False))}
+    content = class_map(sorted(folder_names(Root("bench", top, {}))), names, shared)
     (work / "map.yaml").write_text(yaml.safe_dump(content))
     loader = {} if options.on_gpu else {"loader": "threads"}  # processes need a second to start; no clock counts them
     keys: dict[str, Any] = {
@@ -93,14 +104,32 @@ def prepare(options: BenchOptions, work: Path, classes: int, each: int, **more: 
         "image_size": 256 if options.quick else COMPOSITE,
         "ipc": 2 if options.quick else 10,
         "empty": "keep",
-        "near_duplicate": 0,
         "max_bad": 1.0,
         "device": options.device,
         "workers": options.workers,
+        **({} if options.sources else {"near_duplicate": 0}),  # few pictures are drawn, and files of each made
         **loader,
         **more,
     }
     return Bench(load_config(**keys), tuple(notes))
+
+
+def prepare_small(
+    options: BenchOptions, work: Path, classes: int, each: int, size: tuple[int, int], shared: int | None = None
+) -> BuildConfig:
+    """A build of drawn pictures of `size` px, in so many folders; `shared` as in `prepare`. `work` is made."""
+    work.mkdir(parents=True)
+    drawn = replace(options, sources=str(draw_sources(work / "pictures", classes, each, size)))
+    batch = 16 if options.quick else 64
+    return prepare(drawn, work, 0, 0, shared, image_size=128, batch=batch, near_duplicate=0).config
+
+
+def class_map(folders: Sequence[str], names: Sequence[str], shared: int | None = None) -> dict[str, Any]:
+    """A map as its YAML has it: a class for each folder, as far as the names go, or `shared` classes in turn."""
+    if shared is None:
+        used = list(zip(folders, names, strict=False))[:MOST_CLASSES]
+        return {"names": [name for _, name in used], "folders": dict(used)}
+    return {"names": list(names[:shared]), "folders": {f: names[i % shared] for i, f in enumerate(folders)}}
 
 
 def _selector(options: BenchOptions, work: Path) -> tuple[str, str | None, list[str]]:

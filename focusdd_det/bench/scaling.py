@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from focusdd_det.bench.machine import peak_resident
-from focusdd_det.bench.options import DEMO, BenchOptions
-from focusdd_det.bench.pictures import draw_sources, prepare
+from focusdd_det.bench import decoders, memory
+from focusdd_det.bench.options import BenchOptions
+from focusdd_det.bench.pictures import prepare_small
+from focusdd_det.bench.timing import in_turns
 from focusdd_det.build import build, columns_of
 from focusdd_det.config import BuildConfig
-from focusdd_det.devices import device_of, processors
+from focusdd_det.devices import device_of
 from focusdd_det.errors import ConfigError
 from focusdd_det.methods import METHODS
 from focusdd_det.plan import make_plan
 from focusdd_det.scoring.looking import score_all
 from focusdd_det.scoring.scores import ScoreStore
-from focusdd_det.selector import load_selector, token_grid
+from focusdd_det.selector import load_selector
 
 SMALL = (160, 120)  # px; what is measured is how the cost grows, not how large it is
-TINY = (48, 36)  # px, for the memory: it is the number of sources that counts
-COUNTS, QUICK_COUNTS = (1_000, 10_000, 100_000), (200, 2_000)  # sources of the builds whose memory is measured
-MEMORY_TARGET = 1.5  # GiB beyond the models
-_ROUNDS = 2  # of each point; the faster one counts, because whatever else the machine does only adds
+ROUNDS, QUICK_ROUNDS = 3, 2
 
 
 def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
@@ -49,57 +45,34 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     logging.getLogger("focusdd").setLevel(logging.WARNING)
     options = replace(options, sources=None)
     quick = options.quick
-    classes = _classes(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32])
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    decoding = decoders.measure(options, work / "workers", rounds)
     series = {
-        "sources": _sources(options, work, [32, 64, 128] if quick else [125, 250, 500, 1000, 2000]),
-        "classes": classes,
-        "ipc": _ipc(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32]),
-        "workers": _workers(options, work, _doubled(max(2, processors()))),
+        "sources": _sources(options, work, [32, 64, 128] if quick else [125, 250, 500, 1000, 2000], rounds),
+        "classes": _classes(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32], rounds),
+        "ipc": _ipc(options, work, [1, 2, 4] if quick else [1, 2, 4, 8, 16, 32], rounds),
+        **decoding["series"],
     }
-    memory = _memory(options, work, QUICK_COUNTS if quick else COUNTS)
     result = {
         "series": series,
-        "slopes": {name: slope(values["x"], values["seconds"]) for name, values in series.items()},
-        "memory": memory,
-        "growth": growth(memory),
+        "slopes": {name: slopes(values["x"], values["rounds"]) for name, values in series.items()},
+        "start_of_processes": decoding["start"],
+        "ratios": decoding["ratios"],
+        "memory": memory.measure(options, work / "memory"),
     }
     options.out.mkdir(parents=True, exist_ok=True)
     plot(result, options.out / "scaling.png")
     return result
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result for people, in Markdown."""
-    lines = ["| against | what | seconds at each | slope of the logarithms | expected |", "|---|---|---|---|---|"]
-    for name, values in result["series"].items():
-        points = ", ".join(f"{x}: {s:.2f}" for x, s in zip(values["x"], values["seconds"], strict=True))
-        row = f"| {name} | {values['what']} | {points} | {result['slopes'][name]:.2f} | {values['expected']} |"
-        lines.append(row)
-    lines += ["", "| sources | peak memory, MiB | beyond the models, MiB |", "|---|---|---|"]
-    for row in result["memory"]:
-        lines.append(f"| {row['sources']:,} | {row['peak']:.0f} | {row['beyond']:.0f} |")
-    if grown := result["growth"]:
-        per = f"{grown['mib_per_1000']:.3f} MiB per 1,000 sources, {grown['bytes_a_source']:.0f} bytes a source"
-        lines += ["", f"Growth from {grown['from']:,} to {grown['to']:,} sources: {per}."]
-    return "\n".join([*lines, "", f"Target: flat, and below {MEMORY_TARGET * 1024:.0f} MiB beyond the models."])
+def slopes(x: Sequence[float], rounds: Sequence[Sequence[float]]) -> dict[str, float]:
+    """`slope` of every round: the median, and the least and the largest.
 
-
-def growth(memory: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """How much peak memory a source costs, between the first and the last row of the memory's table; empty for one row.
-
-    Returns:
-        from, to: the two numbers of sources; mib_per_1000, bytes_a_source: the same growth in two units.
+    Args:
+        rounds: [rounds][points] seconds.
     """
-    if len(memory) < 2:
-        return {}
-    first, last = memory[0], memory[-1]
-    per = (last["beyond"] - first["beyond"]) / (last["sources"] - first["sources"])
-    return {
-        "from": first["sources"],
-        "to": last["sources"],
-        "mib_per_1000": per * 1000,
-        "bytes_a_source": per * (1 << 20),
-    }
+    found = [slope(x, seconds) for seconds in rounds]
+    return {"median": float(np.median(found)), "low": min(found), "high": max(found)}
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -113,159 +86,106 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """The result for people, in Markdown."""
+    lines = [
+        "| against | what | seconds at each, median of the rounds | slope of the logarithms (least to largest of the "
+        "rounds) | expected |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in result["series"].items():
+        points = ", ".join(f"{x}: {s:.2f}" for x, s in zip(values["x"], medians(values["rounds"]), strict=True))
+        row = f"| {name} | {values['what']} | {points} | {_spread(result['slopes'][name])} | {values['expected']} |"
+        lines.append(row)
+    if starts := result["start_of_processes"]:
+        lines += ["", *decoders.table(starts, result["series"]["workers (processes)"]["x"], result["ratios"])]
+    return "\n".join([*lines, "", *memory.table(result["memory"])])
+
+
+def medians(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """[points], from [rounds][points]."""
+    return [float(value) for value in np.median(np.array(rounds), axis=0)]
+
+
+def _spread(slopes: Mapping[str, float]) -> str:
+    return f"{slopes['median']:.2f} ({slopes['low']:.2f} to {slopes['high']:.2f})"
+
+
 def plot(result: Mapping[str, Any], file: Path) -> None:
-    """A log-log plot of each series with its slope, as PNG."""
+    """A log-log plot of each series, every round a line, with its slope, as PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
-    for panel, (name, values) in zip(panels, result["series"].items(), strict=True):
-        panel.loglog(values["x"], values["seconds"], "o-")
-        panel.set(xlabel=name, ylabel="seconds", title=f"{values['what']}: slope {result['slopes'][name]:.2f}")
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    panels = figure.subplots(2, math.ceil(len(result["series"]) / 2)).ravel()
+    for panel, (name, values) in zip(panels, result["series"].items(), strict=False):
+        for seconds in values["rounds"]:
+            panel.loglog(values["x"], seconds, "o-", color="tab:blue", alpha=0.4)
+        slope_of = _spread(result["slopes"][name])
+        panel.set(xlabel=name, ylabel="seconds", title=f"{values['what'].split(' for ')[0]}:\nslope {slope_of}")
         panel.set_xticks(values["x"], [str(x) for x in values["x"]])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
+    for panel in panels[len(result["series"]) :]:
+        panel.set_axis_off()
     figure.savefig(file, format="png", dpi=110)
 
 
-# ---- the four ----
+# ---- the series
 
 
-def _sources(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, Any]:
-    config = _config(options, work / "sources", 1, counts[-1])
-    seconds = [_fastest(lambda n=n: score(config, n)) for n in counts]  # type: ignore[misc]
-    return {"x": list(counts), "seconds": seconds, "what": "looking at all sources", "expected": "1"}
+def _sources(options: BenchOptions, work: Path, counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    config = prepare_small(options, work / "sources", 1, counts[-1], SMALL)
+    looks = [partial(score, config, count) for count in counts]
+    return _series(counts, looks, rounds, "looking at all sources")
 
 
-def _workers(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, Any]:
-    config = replace(_config(options, work / "workers", 2, 32 if options.quick else 200), method="random")
-    seconds = [_fastest(lambda n=n: score(replace(config, workers=n), None)) for n in counts]  # type: ignore[misc]
-    return {"x": list(counts), "seconds": seconds, "what": "decoding, no ViT", "expected": "-1 up to the cores"}
-
-
-def _classes(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, Any]:
-    config = _config(options, work / "classes", counts[-1], 24)
+def _classes(options: BenchOptions, work: Path, counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    config = prepare_small(options, work / "classes", counts[-1], 24, SMALL)
     names = make_plan(config).class_map.names
     counts = [n for n in counts if n <= len(names)]
     if len(counts) < 2:
         raise ConfigError(f"teacher={options.teacher} knows one class; parts=scaling takes one with two or more")
     chosen = [replace(config, classes=tuple(names[:n]), ipc=2) for n in counts]
-    return {"x": list(counts), "seconds": _builds(chosen), "what": "a whole build, 24 sources a class", "expected": "1"}
+    return _series(counts, _builds(chosen), rounds, "a whole build, 24 sources a class")
 
 
-def _ipc(options: BenchOptions, work: Path, counts: Sequence[int]) -> dict[str, Any]:
-    config = _config(options, work / "ipc", 1, 5 * counts[-1])
+def _ipc(options: BenchOptions, work: Path, counts: Sequence[int], rounds: int) -> dict[str, Any]:
+    config = prepare_small(options, work / "ipc", 1, 5 * counts[-1], SMALL)
     chosen = [replace(config, ipc=n) for n in counts]
-    phase = _builds(chosen, "compose")
-    return {"x": list(counts), "seconds": phase, "what": "composing one class", "expected": "1"}
+    return _series(counts, _builds(chosen, "compose"), rounds, "composing one class")
 
 
-def _config(options: BenchOptions, work: Path, classes: int, each: int, size: tuple[int, int] = SMALL) -> BuildConfig:
-    """A build of small drawn pictures."""
-    work.mkdir(parents=True)
-    top = draw_sources(work / "pictures", classes, each, size)
-    small = replace(options, sources=str(top))
-    return prepare(small, work, 0, 0, image_size=128, batch=16 if options.quick else 64).config
+def _series(x: Sequence[int], points: Sequence[Callable[[], float]], rounds: int, what: str) -> dict[str, Any]:
+    """Each point measures itself; before they are counted the first one is run to warm up."""
+    points[0]()
+    return {"x": list(x), "rounds": in_turns(points, rounds), "what": what, "expected": "1"}
 
 
-def score(config: BuildConfig, count: int | None) -> float:
+def score(config: BuildConfig, count: int) -> float:
     """Seconds of looking at the first `count` sources, into a file of scores that is thrown away."""
     plan = make_plan(config)
-    method = METHODS[config.method]
-    selector = None
-    if method.needs_selector:
-        selector = load_selector(
-            config.selector, config.selector_weights, config.view, config.attention, "fp32", device_of(config.device)
-        )
+    c = config
+    selector = load_selector(c.selector, c.selector_weights, c.view, c.attention, "fp32", device_of(c.device))
     file = Path(config.out).with_name("throwaway.sqlite")
     file.unlink(missing_ok=True)
     sources = list(plan.stream())[:count]
+    columns = columns_of(config, plan, selector)
     store = ScoreStore(file)
     began = time.perf_counter()
-    columns = columns_of(config, plan, selector)
-    score_all(sources, store, selector, method, columns, config, config.workers or 1, lambda _: None)
+    score_all(sources, store, selector, METHODS[c.method], columns, c, c.workers or 1, lambda _: None)
     seconds = time.perf_counter() - began
     store.close()
     return seconds
 
 
-def _fastest(run: Callable[[], float]) -> float:
-    return min(run() for _ in range(_ROUNDS))
+def _builds(configs: Sequence[BuildConfig], phase: str = "") -> list[Callable[[], float]]:
+    """Whole builds, each time into another folder, that tell their seconds, or those of one of their phases."""
+    numbers = itertools.count()
 
+    def run(config: BuildConfig) -> float:
+        config = replace(config, out=f"{Path(config.out).parent}/set{next(numbers)}")
+        began = time.perf_counter()
+        result = build(config)
+        return result.seconds[phase] if phase else time.perf_counter() - began
 
-def _builds(configs: Sequence[BuildConfig], phase: str = "") -> list[float]:
-    """Seconds of whole builds, or of one of their phases."""
-    found = []
-    for number, config in enumerate(configs):
-        times = []
-        for turn in range(_ROUNDS):
-            config = replace(config, out=f"{Path(config.out).parent}/set{number}-{turn}")
-            began = time.perf_counter()
-            result = build(config)
-            times.append(result.seconds[phase] if phase else time.perf_counter() - began)
-        found.append(min(times))
-    return found
-
-
-def _doubled(most: int) -> list[int]:
-    return [2**i for i in range(int(math.log2(most)) + 1)]
-
-
-# ---- memory ----
-
-
-def _memory(options: BenchOptions, work: Path, counts: Sequence[int]) -> list[dict[str, float]]:
-    """Peak memory of a whole build at each number of sources, in a process of its own, and of the same process with its
-    models loaded and nothing built.
-
-    The models are the demo's and the pictures tiny, so that 100,000 of them take minutes; they lie in two classes, so
-    that as many as can be are ranked together.
-    """
-    options = replace(
-        options,
-        selector=str(DEMO / "vit_demo.json"),
-        selector_weights=str(DEMO / "vit_demo.safetensors"),
-        teacher=str(DEMO / "yolo_demo.pt"),
-    )
-    rows = []
-    for n in counts:
-        config = _config(options, work / f"memory{n}", 2, n // 2, TINY)
-        peaks = {}
-        for what in ("models", "build"):
-            job = json.dumps({"what": what, "keys": {key: getattr(config, key) for key in _KEYS}})
-            done = subprocess.run(
-                [sys.executable, "-c", "from focusdd_det.bench.scaling import peak; peak()"],
-                input=job, capture_output=True, text=True, check=False,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            )  # fmt: skip
-            if done.returncode:
-                raise RuntimeError(f"the build for the memory at {n} sources failed: {done.stderr[-2000:]}")
-            peaks[what] = float(done.stdout.splitlines()[-1])
-        rows.append({"sources": n, "peak": peaks["build"], "beyond": peaks["build"] - peaks["models"]})
-    return rows
-
-
-_KEYS = (
-    "sources", "class_map", "selector", "selector_weights", "teacher", "out", "method", "image_size", "batch", "empty",
-    "near_duplicate", "max_bad", "device", "workers", "loader",
-)  # fmt: skip
-
-
-def peak() -> None:
-    """Run by `_memory` in a process of its own: reads what to do from standard input, prints the peak in MiB."""
-    from focusdd_det.build import load_config
-    from focusdd_det.teacher import load_detector
-
-    job = json.load(sys.stdin)
-    logging.getLogger("focusdd").setLevel(logging.WARNING)
-    config = load_config(ipc=4, **job["keys"])
-    if job["what"] == "models":
-        import torch
-
-        selector = load_selector(config.selector, config.selector_weights, device=device_of(config.device))
-        selector(torch.zeros(config.batch, 3, selector.view, selector.view, dtype=torch.uint8))
-        load_detector(config.teacher, device_of(config.device), make_plan(config).class_map.names, False)
-        token_grid(config.selector, config.selector_weights, config.view)
-    else:
-        build(config)
-    print(peak_resident())
+    return [partial(run, config) for config in configs]

@@ -6,10 +6,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 LOW, HIGH = 0.1, 0.9  # of the rounds' ratios: the spread that is printed
 
 
@@ -63,8 +64,7 @@ def compare(
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, turn):
             wait()
             started = clock()
             cases[name]()
@@ -74,6 +74,21 @@ def compare(
                 seconds[name].append(taken)
             tick(name)
     return seconds
+
+
+def in_turns(points: Sequence[Callable[[], T]], rounds: int) -> list[list[T]]:
+    """What points say that measure themselves, [rounds][points]; their turns are those of the cases of `compare`."""
+    said: list[list[T]] = []
+    for turn in range(rounds):
+        answers = {place: points[place]() for place in rotated(range(len(points)), turn)}
+        said.append([answers[place] for place in range(len(points))])
+    return said
+
+
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """All of them, beginning with number `turn` (modulo their number)."""
+    first = turn % len(items)
+    return [*items[first:], *items[:first]]
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:

@@ -1,5 +1,6 @@
 """A training step by step: the student alone, its teacher alone, live, from stored targets, and Ultralytics' own
-distillation. Real trainers on a drawn set; what is timed is what their loop does with a batch."""
+distillation; then epoch by epoch, loading included. Real trainers on drawn sets: a step is what their loop does with a
+batch that is there, an epoch is all of the loop."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
 from focusdd_det import detset
+from focusdd_det.bench.epoch import WARMUP, Epoch, EpochTrainer, Extent, forget
 from focusdd_det.bench.options import BenchOptions
 from focusdd_det.bench.timing import Ratio, compare, ratio, together
 from focusdd_det.checkpoints import resolve_weights, safe_checkpoint, safe_ultralytics
@@ -50,14 +53,19 @@ MEANING = {
     READ: "stored soft targets of a batch alone, which on a GPU the loading processes read",
     DISTILL: "Ultralytics' distill_model, its own trainer",
 }
+OF_EPOCHS = (
+    "an epoch: Ultralytics' own loop with the training's own loader, from reading the pictures to the last optimizer "
+    "step; no validation, no checkpoint",
+    f"{TEACHER}: the teacher's forward alone, over as many pictures",
+)
 
 
 def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     """Seconds of every case in every round, the ratios that have a target, and on a GPU the memory.
 
     Args:
-        options: model, teacher, imgsz, batch, precision, device, rounds.
-        work: an empty folder for the drawn set, the store and the runs; the caller deletes it.
+        options: model, teacher, imgsz, batch, precision, device, rounds; of the epochs also quick and workers.
+        work: an empty folder for the drawn sets, the stores and the runs; the caller deletes it.
 
     Returns:
         Plain values for bench.json; `table` prints them.
@@ -68,21 +76,46 @@ def measure(options: BenchOptions, work: Path) -> dict[str, Any]:
     with quiet():
         teacher = teacher_file(options, work)
         names = _names(teacher)
-        data = draw_set(work / "set", names, BATCHES * options.batch, options.imgsz)
-        bench = _Bench(options, work, data, teacher)
-        cases = bench.cases()
-        with progress_bar((options.rounds + 1) * len(cases), "training steps") as bar:
-            seconds = compare(cases, options.rounds, warmup=1, clock=options.seconds, tick=lambda _name: bar.update(1))
-        memory = bench.memory(cases) if options.on_gpu else {}
-        bench.close()
+        steps = _measure_steps(options, work, names, teacher)
+        epochs = _measure_epochs(options, work / "epochs", names, teacher)
     return {
         "model": Path(options.model).name,
         "teacher": Path(options.teacher or FRESH).name,
         "imgsz": options.imgsz,
         "batch": options.batch,
+        **steps,
+        "epochs": epochs,
+    }
+
+
+def _measure_steps(options: BenchOptions, work: Path, names: list[str], teacher: Path) -> dict[str, Any]:
+    data = draw_set(work / "set", names, BATCHES * options.batch, options.imgsz)
+    bench = _Bench(options, work, data, teacher)
+    cases = bench.cases()
+    with progress_bar((options.rounds + 1) * len(cases), "training steps") as bar:
+        seconds = compare(cases, options.rounds, warmup=1, clock=options.seconds, tick=lambda _name: bar.update(1))
+    memory = bench.memory(cases) if options.on_gpu else {}
+    bench.close()
+    return {"seconds": seconds, "ratios": _plain(ratios(seconds)), "peak_gpu_bytes": memory, "notes": bench.notes}
+
+
+def _measure_epochs(options: BenchOptions, work: Path, names: list[str], teacher: Path) -> dict[str, Any]:
+    extent = Extent.of(options)
+    pictures = extent.batches * options.batch
+    bench = _Bench(options, work, draw_set(work / "set", names, pictures, options.imgsz), teacher)
+    cases = bench.epochs(extent)
+    with progress_bar((extent.rounds + WARMUP) * len(cases), "training epochs", "epoch") as bar:
+        seconds = compare(cases, extent.rounds, WARMUP, clock=options.seconds, tick=lambda _name: bar.update(1))
+    bench.close()
+    return {
+        "pictures": pictures,
+        "batches": extent.batches,
+        "workers": bench.loading,
+        "rounds": extent.rounds,
+        "bytes_of_a_stored_epoch": bench.bytes_of_epoch,
         "seconds": seconds,
-        "ratios": {name: value._asdict() for name, value in ratios(seconds).items()},
-        "peak_gpu_bytes": memory,
+        "ms_a_picture": {name: float(np.median(times)) * 1e3 / pictures for name, times in seconds.items()},
+        "ratios": _plain(epoch_ratios(seconds)),
         "notes": bench.notes,
     }
 
@@ -106,6 +139,18 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, Ratio]:
     return found
 
 
+def epoch_ratios(seconds: Mapping[str, list[float]]) -> dict[str, Ratio]:
+    """Those of `ratios`, of whole epochs, and what a store saves; names as `epoch, fp32: live / stored`."""
+    found = ratios(seconds)
+    for kind in [name.removesuffix(f" {STORED}") for name in seconds if name.endswith(f" {STORED}")]:
+        found[f"{kind}: live / stored"] = ratio(seconds[f"{kind} {LIVE}"], seconds[f"{kind} {STORED}"])
+    return {f"epoch, {name}": value for name, value in found.items()}
+
+
+def _plain(found: Mapping[str, Ratio]) -> dict[str, dict[str, float]]:
+    return {name: value._asdict() for name, value in found.items()}
+
+
 def table(result: Mapping[str, Any]) -> str:
     """The result for people, in Markdown."""
     batch = result["batch"]
@@ -125,16 +170,45 @@ def table(result: Mapping[str, Any]) -> str:
         if result["peak_gpu_bytes"]:
             row += f" {result['peak_gpu_bytes'][name] / 1e9:.2f} |"
         lines.append(row)
-    lines += ["", "| ratio, paired by round | median | 10 % to 90 % | target |", "|---|---|---|---|"]
-    for name, value in result["ratios"].items():
+    lines += _ratio_table(result["ratios"])
+    lines += ["", *(f"{name}: {meaning}" for name, meaning in MEANING.items()), *result["notes"]]
+    return "\n".join([*lines, "", *_epoch_table(result["epochs"], batch)])
+
+
+def _epoch_table(result: Mapping[str, Any], batch: int) -> list[str]:
+    pictures, workers = result["pictures"], result["workers"]
+    loaded = f"by {workers} processes" if workers else "by the training itself, workers=0"
+    lines = [
+        f"Training epoch: {pictures} pictures in {result['batches']} batches of {batch}, loaded {loaded}; "
+        f"{result['rounds']} rounds of an epoch each",
+        "",
+        "| case | ms a picture, median (10 % to 90 % of the rounds) | pictures a second | "
+        f"hours for {COMPOSITES} composites x {EPOCHS} epochs |",
+        "|---|---|---|---|",
+    ]
+    for name, times in result["seconds"].items():
+        middle, low, high = (float(q) / pictures for q in np.quantile(times, (0.5, 0.1, 0.9)))
+        spread = f"{middle * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+        lines.append(f"| {name} | {spread} | {1 / middle:.1f} | {COMPOSITES * EPOCHS * middle / 3600:.2f} |")
+    lines += [*_ratio_table(result["ratios"]), "", *OF_EPOCHS]
+    if size := result["bytes_of_a_stored_epoch"]:
+        lines.append(
+            f"{STORED}: each epoch uses its file ({size / pictures / 1e3:.1f} kB a picture) for the first time, hash "
+            "included, and the system was asked to hold none of it in memory"
+        )
+    return [*lines, *result["notes"]]
+
+
+def _ratio_table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    lines = ["", "| ratio, paired by round | median | 10 % to 90 % | target |", "|---|---|---|---|"]
+    for name, value in found.items():
         target = ""
         if "(plain + teacher)" in name:
             target = f"<= {LIVE_TARGET:.2f}"
         elif name.endswith("stored / plain"):
             target = f"<= {STORED_TARGET:.2f}"
         lines.append(f"| {name} | {value['median']:.3f} | {value['low']:.3f} to {value['high']:.3f} | {target} |")
-    lines += ["", *(f"{name}: {meaning}" for name, meaning in MEANING.items()), *result["notes"]]
-    return "\n".join(lines)
+    return lines
 
 
 # ---- what is timed ----
@@ -156,23 +230,23 @@ def _kind(name: str, on_gpu: bool) -> _Kind:
 
 
 class _Bench:
-    """The trainers, set up and ready to step."""
+    """The trainers, set up and ready for a step or for an epoch."""
 
     def __init__(self, options: BenchOptions, work: Path, data: Path, teacher: Path) -> None:
         self.options, self.work, self.data, self.teacher = options, work, data, teacher
         self.notes: list[str] = []
+        self.loading, self.bytes_of_epoch = 0, 0  # processes that load; bytes of an epoch's file of the store
         self._built: dict[str, int] = {}  # bytes on the GPU that setting a case up took
         self._trainers: list[Any] = []
-        self._store = self._make_store()
 
-    def _make_store(self) -> Path | None:
+    def _make_store(self, pool: int = 1, workers: int = 0) -> Path | None:
         options = self.options
         out = self.work / "targets"
         try:
             store_targets(
                 load_config(
-                    data=str(self.data), out=str(out), teacher=str(self.teacher), pool=1, close_mosaic=0, floor=FLOOR,
-                    imgsz=options.imgsz, batch=options.batch, workers=0, device=options.device,
+                    data=str(self.data), out=str(out), teacher=str(self.teacher), pool=pool, close_mosaic=0,
+                    floor=FLOOR, imgsz=options.imgsz, batch=options.batch, workers=workers, device=options.device,
                 )
             )  # fmt: skip
         except ConfigError as error:  # a teacher with two heads
@@ -182,8 +256,7 @@ class _Bench:
 
     def cases(self) -> dict[str, Callable[[], object]]:
         """Name -> one step."""
-        options = self.options
-        kinds = [_kind(name, options.on_gpu) for name in options.precision]
+        options, kinds, store = self.options, self._kinds(), self._make_store()
         cases: dict[str, Callable[[], object]] = {}
         for kind in kinds:
             plain = self._ours(kind, PLAIN, supervision="labels")
@@ -192,8 +265,8 @@ class _Bench:
             cases[f"{kind.name} {PLAIN}"] = _Steps(plain, batches)
             cases[f"{kind.name} {TEACHER}"] = _Asking(live, batches)
             cases[f"{kind.name} {LIVE}"] = _Steps(live, batches)
-            if self._store is not None:
-                stored = self._ours(kind, STORED, targets=str(self._store))
+            if store is not None:
+                stored = self._ours(kind, STORED, targets=str(store))
                 steps = _Steps if options.on_gpu else _StepsThatRead
                 cases[f"{kind.name} {STORED}"] = steps(stored, list(stored.train_loader)[:BATCHES])
                 if kind is kinds[0]:
@@ -203,6 +276,36 @@ class _Bench:
                 stock = self._set_up(DetectionTrainer, kind, DISTILL, distill_model=str(self.teacher))
                 cases[f"{kind.name} {DISTILL}"] = _Steps(stock, cases[f"{kind.name} {LIVE}"].batches)  # type: ignore[attr-defined]
         return cases
+
+    def epochs(self, extent: Extent) -> dict[str, Callable[[], object]]:
+        """Name -> one epoch, or the teacher's forward over as many pictures."""
+        kinds = self._kinds()
+        cases: dict[str, Callable[[], object]] = {}
+        store: Path | None = None
+        for kind in kinds:
+            plain = self._epoch(kind, PLAIN, extent, supervision="labels")
+            live = self._epoch(kind, LIVE, extent, teacher=str(self.teacher))
+            cases[f"{kind.name} {PLAIN}"] = plain
+            cases[f"{kind.name} {TEACHER}"] = _Asking(live.trainer, _some_batches(live.trainer), extent.batches)
+            cases[f"{kind.name} {LIVE}"] = live
+            if kind is kinds[0]:
+                self.loading = plain.lead.loader.num_workers
+                store = self._make_store(extent.pool(plain.lead.ahead), extent.workers)
+            if store is not None:
+                own = self.work / f"targets_{kind.name}"  # pages that another training has read are not the disk's
+                shutil.copytree(store, own)
+                cases[f"{kind.name} {STORED}"] = self._epoch(kind, STORED, extent, targets=str(own))
+                sizes = [file.stat().st_size for file in own.glob("*.safetensors")]
+                self.bytes_of_epoch = sum(sizes) // len(sizes)
+                forget(own)
+        return cases
+
+    def _epoch(self, kind: _Kind, name: str, extent: Extent, **keys: Any) -> Epoch:
+        given = {"epochs": extent.pool(0), "workers": extent.workers, **keys}
+        return Epoch(self._set_up(EpochTrainer, kind, name, **given))
+
+    def _kinds(self) -> list[_Kind]:
+        return [_kind(name, self.options.on_gpu) for name in self.options.precision]
 
     def _ours(self, kind: _Kind, name: str, **keys: Any) -> Any:
         return self._set_up(FocusDDTrainer, kind, name, **keys)
@@ -294,16 +397,25 @@ class _Reading(_StepsThatRead):
 
 
 class _Asking(_Steps):
-    """The teacher's forward on the same pictures, on the device already."""
+    """The teacher's forward on such pictures, on the device already; `times` batches a call."""
 
-    def __init__(self, trainer: Any, batches: list[dict[str, Any]]) -> None:
+    def __init__(self, trainer: Any, batches: list[dict[str, Any]], times: int = 1) -> None:
         super().__init__(trainer, batches)
         self.images = [batch["img"].to(trainer.device).float() / 255 for batch in batches]
+        self.times = times
 
     def __call__(self) -> None:
-        self._next = (self._next + 1) % len(self.images)
-        with self.autocast():
-            self.trainer.teacher.heads(self.images[self._next])
+        for _ in range(self.times):
+            self._next = (self._next + 1) % len(self.images)
+            with self.autocast():
+                self.trainer.teacher.heads(self.images[self._next])
+
+
+def _some_batches(trainer: Any) -> list[dict[str, Any]]:
+    """BATCHES of them from a training's data set; its loader is not touched."""
+    dataset, size = trainer.train_loader.dataset, trainer.batch_size
+    starts = range(0, BATCHES * size, size)
+    return [dataset.collate_fn([dataset[0, start + place] for place in range(size)]) for start in starts]
 
 
 # ---- what it is timed on ----
