@@ -94,7 +94,7 @@ def test_what_the_times_mean_for_imagenet_and_for_the_paper_s_class() -> None:
     assert "1.50 GB; the paper's 6.84 GB; target 2 GB" in "\n".join(told(plain, 640, 1.5))
 
 
-def test_a_build_is_measured_beside_its_floor(
+def test_a_build_is_measured_beside_its_floor_and_a_screening_chooses_what_full_precision_chooses(
     options: BenchOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_build, "precision_of", lambda *_: "bf16")  # whatever this machine would take
@@ -116,13 +116,6 @@ def test_a_build_is_measured_beside_its_floor(
     assert "<= 1.15" in text
     assert ">= 1.7" in text
     assert "ImageNet-1K: 1,281,167 sources x " in text
-
-
-def test_a_screening_is_measured_and_chooses_what_full_precision_chooses(
-    options: BenchOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bench_build, "precision_of", lambda *_: "bf16")  # whatever this machine would take
-    result = bench_build.measure(options, tmp_path)
     seen = result["screening"]
     assert seen["same"] == 1
     assert seen["wanted"] > 0 and seen["looked_twice"] >= seen["looked_again"]

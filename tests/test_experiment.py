@@ -300,6 +300,9 @@ def test_an_arm_with_a_teacher_of_its_own_asks_it_beside_arms_that_read_a_store(
     values = [train_settings(experiment, arm, 0) for arm in experiment.arms]
     assert [each["teacher"] for each in values] == [str(bench / "teacher.pt"), None, None]
     assert [uses_targets(experiment, each) for each in values] == [False, True, False]
+    del blocks["stored"]
+    with pytest.raises(ConfigError, match="`targets` that no arm reads"):
+        check(with_arms(drawn(bench), blocks, tmp_path, bench, targets={"pool": 2}))
 
 
 def test_several_gpus_build_the_stock_distillation_anew(bench: Path, drawn_set: Path, tmp_path: Path) -> None:

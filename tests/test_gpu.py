@@ -60,7 +60,14 @@ def test_a_step_has_the_loss_that_it_has_on_a_cpu(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     given = {kind: str({"teacher": teacher_file, "targets": whole}[kind]), "epochs": 1}
     cpu = first_losses(student(tmp_path, drawn_set, name="cpu", **given))
-    gpu = first_losses(student(tmp_path, drawn_set, name="gpu", device=GPU, amp=amp, **given))
+    precisions: list[tuple[bool, torch.dtype | None]] = []
+
+    def noted(trainer: Any) -> None:
+        precisions.append((trainer.amp, trainer.teacher._dtype if trainer.teacher else None))
+
+    gpu = first_losses(student(tmp_path, drawn_set, name="gpu", device=GPU, amp=amp, **given), noted)
+    half = torch.float16 if amp else torch.float32
+    assert precisions == [(amp, half if kind == "teacher" else None)]
     assert min(cpu[0]) > 0
     assert gpu[0] == pytest.approx(cpu[0], rel=tolerance, abs=1e-3)
 

@@ -199,14 +199,14 @@ def test_a_build_has_the_same_bytes_however_short_its_lists_are(
     monkeypatch.setattr(ranking, "_SPARE", 2)
     monkeypatch.setattr(scores, "BLOCK", 11)
     depths: list[int] = []
-    rank_ = composites.Bench.rank
+    rank_ = composites.Workbench.rank
 
     def spied(self: Any, group: Group, reach: int = 0) -> Ranking:
         found = rank_(self, group, reach)
         depths.append(found.depth)
         return found
 
-    monkeypatch.setattr(composites.Bench, "rank", spied)
+    monkeypatch.setattr(composites.Workbench, "rank", spied)
     short = make(bench, tmp_path / "short", screen=screen, **keys)
     assert {16, 32} <= set(depths)
     assert tree(short) == tree(plain)

@@ -364,14 +364,15 @@ def test_what_cannot_be_stored(
 # ---- training ----
 
 
-def first_losses(overrides: dict[str, Any]) -> list[list[float]]:
-    """The five terms of each step."""
+def first_losses(overrides: dict[str, Any], began: Callable[[Any], None] = lambda _: None) -> list[list[float]]:
+    """The five terms of each step; `began` is given the trainer before the first one."""
     found: list[list[float]] = []
 
     def note(trainer: Any) -> None:
         found.append([float(value) for value in trainer.loss_items.values()])
 
-    FocusDDTrainer(overrides=overrides, _callbacks={**_callbacks(), "on_train_batch_end": [note]}).train()
+    callbacks = {**_callbacks(), "on_train_start": [began], "on_train_batch_end": [note]}
+    FocusDDTrainer(overrides=overrides, _callbacks=callbacks).train()
     return found
 
 
@@ -423,7 +424,7 @@ OFF = torch.tensor([0.001, 0.025])  # class, box
 def test_how_far_the_loss_is_from_that_of_the_live_teacher_by_default(
     weights: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Trained teachers; a student from scratch, the same on its way, and one that has nearly become its teacher."""
+    """Trained teachers; a student from scratch, the demo's on its way, and one that has nearly become its teacher."""
     demo = Path(demo_package.__file__).parent
     if weights == "yolo_demo.pt":  # 8 classes, so that topk leaves none out
         file, model, imgsz, steps = demo / weights, str(demo / "yolo11-demo.yaml"), 192, 16
@@ -465,9 +466,10 @@ def test_how_far_the_loss_is_from_that_of_the_live_teacher_by_default(
         optimizer.zero_grad()
         live.sum().backward()
         optimizer.step()
-    live, off = measured(learning)
-    assert not steps or (live < 0.7 * start).all()
-    assert (off <= OFF * start).all()
+    if steps:
+        live, off = measured(learning)
+        assert (live < 0.7 * start).all()
+        assert (off <= OFF * start).all()
     near = safe_checkpoint(file).float().eval()
     near.model[-1].training = True  # raw outputs
     for parameter in near.parameters():

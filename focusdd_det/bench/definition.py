@@ -84,7 +84,7 @@ def best_window(attention: NDArray[np.float64], k: int) -> tuple[float, tuple[in
     shares = {(r, c): attention[r : r + k, c : c + k].sum() / attention.sum() for r in places for c in places}
     rounded = {corner: round(float(share), 6) for corner, share in shares.items()}
     corner = max(rounded, key=rounded.__getitem__)  # the first of equals
-    return round(rounded[corner], 4), corner
+    return float(np.float32(round(rounded[corner], 4))), corner  # the precision that shares have everywhere
 
 
 def choose(seen: Sequence[Seen], group: Group, config: SetConfig, layouts: Layouts) -> list[Composite]:

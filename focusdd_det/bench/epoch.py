@@ -25,7 +25,7 @@ from focusdd_det.trainer import FocusDDTrainer
 ROUNDS, QUICK_ROUNDS = 5, 3  # at most: an epoch is many steps already
 BATCHES, QUICK_BATCHES = 8, 2  # of an epoch
 WARMUP = 1  # epochs of each case before those that count
-STALLED = 30.0  # seconds without a batch after which the loading processes are no longer waited for
+STALLED = 300.0  # seconds without a batch after which the loading processes are no longer waited for
 
 
 class Extent(NamedTuple):
@@ -97,10 +97,11 @@ class Lead:
         """Batches that the processes have loaded."""
         return int(self._made.value)
 
-    def regain(self, taken: int, stalled: float = STALLED) -> None:
+    def regain(self, taken: int, stalled: float = STALLED) -> bool:
         """Wait until the lead is what it was before so many more batches were taken.
 
-        A process that died or that makes no more batches is not waited for: the next epoch says what is wrong.
+        Returns:
+            Whether it is: a process that died or that makes no more batches is not waited for.
         """
         self._taken += taken
         seen, since = -1, time.monotonic()
@@ -109,8 +110,9 @@ class Lead:
                 seen, since = self.made, time.monotonic()
             workers = getattr(self.loader.iterator, "_workers", ())
             if time.monotonic() - since > stalled or not all(worker.is_alive() for worker in workers):
-                return
+                return False
             time.sleep(0.001)
+        return True
 
 
 def _counted(collate: Callable[[Any], Any], made: Any, samples: Any) -> Any:
@@ -122,14 +124,18 @@ def _counted(collate: Callable[[Any], Any], made: Any, samples: Any) -> Any:
 
 
 class Epoch:
-    """An epoch a call: loading and steps."""
+    """An epoch a call: loading and steps.
+
+    Attributes:
+        in_time: whether the processes that load were as far ahead at the end of every epoch as at its beginning.
+    """
 
     def __init__(self, trainer: EpochTrainer) -> None:
-        self.trainer, self.lead = trainer, Lead(trainer.train_loader)
+        self.trainer, self.lead, self.in_time = trainer, Lead(trainer.train_loader), True
 
     def __call__(self) -> None:
         self.trainer.run_epoch()
-        self.lead.regain(len(self.trainer.train_loader))
+        self.in_time &= self.lead.regain(len(self.trainer.train_loader))
 
 
 def forget(folder: Path) -> None:

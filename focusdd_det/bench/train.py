@@ -54,8 +54,8 @@ MEANING = {
     DISTILL: "Ultralytics' distill_model, its own trainer",
 }
 OF_EPOCHS = (
-    "an epoch: Ultralytics' own loop with the training's own loader, from reading the pictures to the last optimizer "
-    "step; no validation, no checkpoint",
+    "an epoch: Ultralytics' own loop with the training's own loader, from reading the pictures to the optimizer's "
+    "step, one for every batch; no validation, no checkpoint",
     f"{TEACHER}: the teacher's forward alone, over as many pictures",
 )
 
@@ -107,6 +107,7 @@ def _measure_epochs(options: BenchOptions, work: Path, names: list[str], teacher
     with progress_bar((extent.rounds + WARMUP) * len(cases), "training epochs", "epoch") as bar:
         seconds = compare(cases, extent.rounds, WARMUP, clock=options.seconds, tick=lambda _name: bar.update(1))
     bench.close()
+    bench.notes += bench.behind()
     return {
         "pictures": pictures,
         "batches": extent.batches,
@@ -236,6 +237,7 @@ class _Bench:
         self.options, self.work, self.data, self.teacher = options, work, data, teacher
         self.notes: list[str] = []
         self.loading, self.bytes_of_epoch = 0, 0  # processes that load; bytes of an epoch's file of the store
+        self._epochs: dict[str, Epoch] = {}
         self._built: dict[str, int] = {}  # bytes on the GPU that setting a case up took
         self._trainers: list[Any] = []
 
@@ -301,8 +303,17 @@ class _Bench:
         return cases
 
     def _epoch(self, kind: _Kind, name: str, extent: Extent, **keys: Any) -> Epoch:
-        given = {"epochs": extent.pool(0), "workers": extent.workers, **keys}
-        return Epoch(self._set_up(EpochTrainer, kind, name, **given))
+        once = {"nbs": self.options.batch}  # a step of the optimizer for every batch, so that all epochs have as many
+        given = {"epochs": extent.pool(0), "workers": extent.workers, **once, **keys}
+        made = Epoch(self._set_up(EpochTrainer, kind, name, **given))
+        self._epochs[f"{kind.name} {name}"] = made
+        return made
+
+    def behind(self) -> list[str]:
+        """Cases whose loading was not what an epoch takes."""
+        late = [name for name, epoch in self._epochs.items() if not epoch.in_time]
+        told = "not to be quoted: the processes that load did not get ahead again between two epochs"
+        return [f"{told}: {', '.join(late)}"] if late else []
 
     def _kinds(self) -> list[_Kind]:
         return [_kind(name, self.options.on_gpu) for name in self.options.precision]

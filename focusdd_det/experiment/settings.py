@@ -173,6 +173,11 @@ def check(experiment: Experiment) -> None:
         listed = "\n  ".join(dict.fromkeys(problems))
         raise ConfigError(f"{experiment.name} cannot be run:\n  {listed}")
     trainings = [train_settings(experiment, arm, experiment.seeds[0]) for arm in experiment.arms]
+    if experiment.targets is not None and not any(uses_targets(experiment, train) for train in trainings):
+        raise ConfigError(
+            f"{experiment.name} stores `targets` that no arm reads: every arm names a train.teacher, which is asked in "
+            "the training, or learns from the boxes alone; leave one of the two out"
+        )
     if any(train.get("precision") == "bf16" and train.get("device") == "cpu" for train in trainings):
         from focusdd_det.training.precision import warn_if_slow
 
