@@ -23,7 +23,7 @@ from focusdd_det.errors import DiskError
 SHIPPED = "bench.yaml"
 USAGE = """Measure a build and a training step beside their floor, in one run, and print ratios with their spread.
 
-  python tools/bench.py --quick                                        everything, small, in about a minute
+  python tools/bench.py --quick                                        everything, small, in some 80 s
   python tools/bench.py parts=train model=yolo11n.yaml teacher=yolo11x.yaml imgsz=320 batch=8
   python tools/bench.py parts=train teacher=weights/yolo11x.pt precision=fp32,bf16,bf16+channels_last
   python tools/bench.py device=0 parts=train imgsz=640 batch=64 precision=fp16,bf16 teacher=yolo11x.yaml
