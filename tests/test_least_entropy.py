@@ -233,7 +233,7 @@ def test_scores_of_an_earlier_version_are_kept_or_looked_at_anew(
     ).items()
     clip = {str(Path(name).with_name(f"x{Path(name).name}")) if moved else name for name in CLIP_ART}
     on = make(bench, tmp_path / "on", sources=[str(sources)], least_entropy=LEAST, **more)
-    assert calls == [48]  # all 42, in one batch, in parts of 8
+    assert calls == [64]  # all 42, in one batch, which at this size is one part
     assert tree(on) == tree(make(bench, tmp_path / "fresh", sources=[str(sources)], least_entropy=LEAST))
     assert not paths(on) & clip
     calls.clear()
