@@ -57,7 +57,7 @@ def test_confidence_is_in_steps_of_a_65535th() -> None:
 def test_the_best_window_and_its_share() -> None:
     assert best_window(np.array([[0.0, 0, 0], [0, 1, 2], [0, 3, 4]]), 2) == (1.0, (1, 1))
     assert best_window(np.array([[1.0, 0, 1], [0, 0, 0], [1, 0, 1]]), 2) == (0.25, (0, 0)), "the first of equals"
-    assert best_window(np.array([[1.0, 0], [0, 2 + 1e-8]]), 1) == (0.6667, (1, 1))
+    assert best_window(np.array([[1.0, 0], [0, 2 + 1e-8]]), 1) == (float(np.float32(0.6667)), (1, 1))
 
 
 def test_the_best_become_key_patches_and_ties_go_by_content_not_by_name() -> None:

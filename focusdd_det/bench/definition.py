@@ -49,7 +49,7 @@ class Seen:
         name: of the file; of equal contents in a class the least name counts.
         folder: its class folder, the stratum.
         p: confidence in [0, 1], a whole multiple of 1/65535.
-        share: of the attention in the best window, in [0, 1], rounded to 1e-4; corner: that window.
+        share: of the attention in the best window, in [0, 1], rounded to 1e-4, as float32; corner: that window.
         phash: 64-bit difference hash.
     """
 
